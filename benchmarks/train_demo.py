@@ -1,0 +1,426 @@
+r"""Trains the demo model from scratch on two CPU cores and writes it as a Hugging Face checkpoint.
+
+    python benchmarks/train_demo.py --work /tmp/demo-run --out captum_intramodal/demo/checkpoint
+
+A small ``Qwen2VLForConditionalGeneration`` (3 M parameters) learns three tasks on composed pictures: describe the
+picture, say what is left / right / above / below of an object, say whether an object is there. The loss is the
+cross-entropy of the answers plus an image-level multiple-instance loss: the log-mean-exp over the visual positions of
+each object word's logit must tell whether that object is in the picture. No mask is used. Without that second loss the
+last layer's visual positions receive no gradient and their logit lens is noise; it stands in for the pretraining that
+gives full-size models meaningful logits there.
+
+Each training sequence holds the picture once and several questions after it, each of which sees only the picture and
+itself, at the positions it would have alone: exactly the single-turn model at a third of the cost.
+
+The run is resumable: started again with the same ``--work``, it goes on from its last checkpoint; every batch follows
+from the seed and its step number alone.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from pathlib import Path
+from types import MethodType
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import typer
+from tokenizers import Tokenizer, decoders, normalizers, pre_tokenizers
+from tokenizers.models import WordLevel
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+from transformers import (
+    GenerationConfig,
+    PreTrainedTokenizerFast,
+    Qwen2VLConfig,
+    Qwen2VLForConditionalGeneration,
+    Qwen2VLImageProcessor,
+    Qwen2VLProcessor,
+    Qwen2VLVideoProcessor,
+)
+from transformers.models.qwen2_vl.modeling_qwen2_vl import apply_rotary_pos_emb_vision
+
+from captum_intramodal.demo.scenes import CLASSES, COLOURS, SPRITES, Question, compose
+
+PATCH, MERGE = 16, 2
+TOKEN = PATCH * MERGE
+SPECIAL = (
+    "<pad>", "<unk>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>",
+    "<|video_pad|>",
+)  # fmt: skip
+WORDS = (
+    "user assistant system describe the this picture image what is in do you see ? . , shows a an some and left right "
+    "above below of there yes no nothing"
+).split()
+# Words of a second world (``--world other``): the same architecture that has never seen the demo's words or sprites.
+OTHER_CLASSES = (
+    "fox", "penguin", "duck", "fish", "butterfly", "carrot", "strawberry", "watermelon", "cookie", "airplane",
+    "tractor", "train", "camera", "phone", "crown", "mushroom",
+)  # fmt: skip
+WORLDS = {"demo": (CLASSES, SPRITES), "other": (OTHER_CLASSES, Path(__file__).parent / "sprites")}
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }} "
+    "{% if message['content'] is string %}{{ message['content'] }}"
+    "{% else %}{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>"
+    "{% elif part['type'] == 'video' %}<|vision_start|><|video_pad|><|vision_end|>"
+    "{% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}"
+    "<|im_end|>{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant {% endif %}"
+)
+MEAN, STD = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
+
+
+def build_tokenizer(classes: tuple[str, ...]) -> PreTrainedTokenizerFast:
+    vocabulary = {word: index for index, word in enumerate((*SPECIAL, *WORDS, *COLOURS, *classes))}
+    tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.decoder = decoders.WordPiece(prefix="##", cleanup=True)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        unk_token="<unk>",
+        eos_token="<|im_end|>",
+        additional_special_tokens=list(SPECIAL[2:]),
+        model_max_length=4096,
+        padding_side="left",
+    )
+
+
+def build_processor(tokenizer: PreTrainedTokenizerFast) -> Qwen2VLProcessor:
+    shared: dict[str, Any] = dict(
+        patch_size=PATCH,
+        merge_size=MERGE,
+        temporal_patch_size=2,
+        image_mean=list(MEAN),
+        image_std=list(STD),
+        size={"shortest_edge": 4 * TOKEN**2, "longest_edge": 256 * TOKEN**2},
+    )
+    return Qwen2VLProcessor(
+        image_processor=Qwen2VLImageProcessor(**shared),
+        tokenizer=tokenizer,
+        video_processor=Qwen2VLVideoProcessor(**shared),
+        chat_template=CHAT_TEMPLATE,
+    )
+
+
+def build_model(tokenizer: PreTrainedTokenizerFast) -> Qwen2VLForConditionalGeneration:
+    token = tokenizer.convert_tokens_to_ids
+    text = dict(
+        vocab_size=len(tokenizer),
+        hidden_size=192,
+        intermediate_size=512,
+        num_hidden_layers=4,
+        num_attention_heads=6,
+        num_key_value_heads=3,
+        max_position_embeddings=4096,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 6, 6]},
+        bos_token_id=None,
+        eos_token_id=token("<|im_end|>"),
+        pad_token_id=token("<pad>"),
+        tie_word_embeddings=True,
+    )
+    vision = dict(
+        depth=4,
+        embed_dim=128,
+        num_heads=4,
+        hidden_size=192,
+        patch_size=PATCH,
+        spatial_merge_size=MERGE,
+        temporal_patch_size=2,
+    )
+    config = Qwen2VLConfig(
+        text_config=text,
+        vision_config=vision,
+        image_token_id=token("<|image_pad|>"),
+        video_token_id=token("<|video_pad|>"),
+        vision_start_token_id=token("<|vision_start|>"),
+        vision_end_token_id=token("<|vision_end|>"),
+        tie_word_embeddings=True,
+    )
+    # Eager: on CPU the backward pass of fused bf16 attention takes as long as all the rest together.
+    config._attn_implementation = "eager"
+    model = Qwen2VLForConditionalGeneration(config)
+    model.generation_config = GenerationConfig(
+        eos_token_id=token("<|im_end|>"), pad_token_id=token("<pad>"), max_new_tokens=48, do_sample=False
+    )
+    with torch.no_grad():
+        # Start from low-frequency patch filters: those of half-size patches, enlarged.
+        weight = model.model.visual.patch_embed.proj.weight
+        coarse = torch.randn(*weight.shape[:2], PATCH // 4, PATCH // 4) * 0.05
+        weight.copy_(F.interpolate(coarse, size=(PATCH, PATCH), mode="nearest").unsqueeze(2).expand_as(weight) / 4)
+    return model
+
+
+class Batches(Dataset[dict[str, Tensor]]):
+    """One item is one training batch, a function of ``(seed, step)`` alone."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, world: str, seed: int, steps: int) -> None:
+        self.tokenizer, self.seed, self.steps = tokenizer, seed, steps
+        self.classes, self.sprites = WORLDS[world]
+        self.words = [*self.classes, *COLOURS]
+        self.word_index = {word: index for index, word in enumerate(self.words)}
+
+    def __len__(self) -> int:
+        return self.steps
+
+    def _layout(self, rng: np.random.Generator, progress: float) -> tuple[int, tuple[int, int], tuple[int, int]]:
+        """Batch size, picture size in tokens and number of objects: small pictures early, large ones late."""
+        small, medium = 0.45 * (1 - progress) ** 2, 0.35 * (1 - progress) + 0.05
+        kind = rng.random()
+        if kind < small:
+            side = rng.integers(2, 4, size=2)
+            return 48, (int(side[0]), int(side[1])), (1, 1)
+        if kind < small + medium:
+            side = rng.integers(3, 6, size=2)
+            return 40, (int(side[0]), int(side[1])), (1, 3)
+        if progress > 0.3 and rng.random() < 0.12:
+            side = rng.integers(8, 13, size=2)
+            return 10, (int(side[0]), int(side[1])), (1, 5)
+        return 24, (int(rng.integers(5, 10)), int(rng.integers(5, 8))), (1, 5)
+
+    def _segment(self, question: Question, rng: np.random.Generator) -> tuple[list[int], list[bool]]:
+        prompt = question.prompt[:-1] if rng.random() < 0.2 else question.prompt
+        ids = self.tokenizer(f"{prompt}<|im_end|><|im_start|>assistant")["input_ids"]
+        answer = self.tokenizer(f"{question.answer}<|im_end|>")["input_ids"]
+        # A position is trained where its *next* token belongs to the answer.
+        return ids + answer, [False] * (len(ids) - 1) + [True] * len(answer) + [False]
+
+    def __getitem__(self, step: int) -> dict[str, Tensor]:
+        rng = np.random.default_rng((self.seed, step))
+        batch, (columns, rows), count = self._layout(rng, step / self.steps)
+        size = (columns * TOKEN, rows * TOKEN)
+        image_tokens = columns * rows
+        head = self.tokenizer("<|im_start|>user<|vision_start|>")["input_ids"]
+        tail = self.tokenizer("<|vision_end|>")["input_ids"]
+        image_id = self.tokenizer.convert_tokens_to_ids("<|image_pad|>")
+        prefix = head + [image_id] * image_tokens + tail
+        after = len(head) + max(columns, rows)
+        grid_h, grid_w = np.divmod(np.arange(image_tokens), columns)
+        prefix_positions = np.concatenate(
+            [
+                np.tile(np.arange(len(head)), (3, 1)),
+                np.stack([np.zeros_like(grid_h), grid_h, grid_w]) + len(head),
+                np.full((3, 1), after),
+            ],
+            axis=1,
+        )
+        rows_out = []
+        pixels = np.empty((batch, size[1], size[0], 3), np.uint8)
+        present = np.zeros((batch, len(self.words)), np.float32)
+        for index in range(batch):
+            # Held-out scenes have seeds below 2**32; these lie above.
+            scene = compose(int(rng.integers(2**32, 2**62)), size, count, self.classes, self.sprites)
+            pixels[index] = np.asarray(scene.image)
+            for item in scene.objects:
+                present[index, self.word_index[item.name]] = 1
+                if item.colour:
+                    present[index, self.word_index[item.colour]] = 1
+            questions = [scene.describe_question(rng), scene.exists_question(rng, self.classes)]
+            questions += [q for q in (scene.relation_question(rng) for _ in range(2)) if q is not None]
+            ids, train, segment, position = list(prefix), [False] * len(prefix), [0] * len(prefix), [prefix_positions]
+            for number, question in enumerate(dict.fromkeys(questions), start=1):
+                part, mask = self._segment(question, rng)
+                position.append(np.tile(np.arange(len(part)) + after + 1, (3, 1)))
+                ids += part
+                train += mask
+                segment += [number] * len(part)
+            rows_out.append((ids, train, segment, np.concatenate(position, axis=1)))
+        length = max(len(ids) for ids, *_ in rows_out)
+        pad = self.tokenizer.pad_token_id
+        input_ids = torch.full((batch, length), pad)
+        trained = torch.zeros(batch, length, dtype=torch.bool)
+        segments = torch.full((batch, length), -1)
+        positions = torch.zeros(3, batch, length, dtype=torch.long)
+        for index, (ids, train, segment, position_ids) in enumerate(rows_out):
+            n = len(ids)
+            input_ids[index, :n] = torch.tensor(ids)
+            trained[index, :n] = torch.tensor(train)
+            segments[index, :n] = torch.tensor(segment)
+            positions[:, index, :n] = torch.from_numpy(position_ids)
+        return {
+            "pixels": torch.from_numpy(pixels),
+            "present": torch.from_numpy(present),
+            "input_ids": input_ids,
+            "trained": trained,
+            "segments": segments,
+            "positions": positions,
+        }
+
+
+def attention_mask(segments: Tensor) -> Tensor:
+    """Causal; a question sees the picture (segment 0) and itself. Added to the scores, (B, 1, L, L)."""
+    length = segments.shape[1]
+    causal = torch.ones(length, length, dtype=torch.bool).tril()
+    same = segments[:, :, None] == segments[:, None, :]
+    allowed = causal & (same | (segments == 0)[:, None, :])
+    return torch.zeros(allowed.shape).masked_fill(~allowed, torch.finfo(torch.bfloat16).min)[:, None]
+
+
+def patchify(pixels: Tensor) -> tuple[Tensor, Tensor]:
+    """uint8 (B, H, W, 3) -> what ``Qwen2VLImageProcessor`` returns for pictures that need no resizing."""
+    batch, height, width, _ = pixels.shape
+    images = (pixels.permute(0, 3, 1, 2).float() / 255 - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(
+        3, 1, 1
+    )
+    h, w = height // PATCH, width // PATCH
+    patches = images.reshape(batch, 3, h // MERGE, MERGE, PATCH, w // MERGE, MERGE, PATCH)
+    patches = patches.permute(0, 2, 5, 3, 6, 1, 4, 7).unsqueeze(6).expand(-1, -1, -1, -1, -1, -1, 2, -1, -1)
+    return patches.reshape(batch * h * w, -1), torch.tensor([[1, h, w]] * batch)
+
+
+def speed_up_vision(model: Qwen2VLForConditionalGeneration) -> None:
+    """One attention call for equally sized pictures, and the patch convolution as a matrix product."""
+
+    def attend(
+        self: Any, hidden_states: Tensor, cu_seqlens: Tensor, position_embeddings: tuple[Tensor, Tensor], **_: Any
+    ) -> Tensor:
+        n = hidden_states.shape[0]
+        images = cu_seqlens.numel() - 1
+        query, key, value = self.qkv(hidden_states).reshape(n, 3, self.num_heads, -1).unbind(1)
+        query, key = apply_rotary_pos_emb_vision(query, key, *position_embeddings)
+        query, key, value = (
+            x.reshape(images, n // images, self.num_heads, -1).transpose(1, 2).to(value.dtype)
+            for x in (query * self.scaling, key, value)
+        )
+        out = (query @ key.transpose(-1, -2)).softmax(-1).to(value.dtype) @ value
+        return self.proj(out.transpose(1, 2).reshape(n, -1))
+
+    def embed(self: Any, hidden_states: Tensor) -> Tensor:
+        return F.linear(hidden_states, self.proj.weight.flatten(1))
+
+    for block in model.model.visual.blocks:
+        block.attn.forward = MethodType(attend, block.attn)
+    model.model.visual.patch_embed.forward = MethodType(embed, model.model.visual.patch_embed)
+
+
+def losses(model: Qwen2VLForConditionalGeneration, batch: dict[str, Tensor], words: Tensor) -> tuple[Tensor, Tensor]:
+    pixel_values, grid = patchify(batch["pixels"])
+    ids = batch["input_ids"]
+    image = ids == model.config.image_token_id
+    with torch.autocast("cpu", torch.bfloat16):
+        hidden = model.model(
+            input_ids=ids,
+            pixel_values=pixel_values,
+            image_grid_thw=grid,
+            mm_token_type_ids=image.long(),
+            position_ids=batch["positions"],
+            attention_mask={"full_attention": attention_mask(batch["segments"])},
+            use_cache=False,
+        ).last_hidden_state
+    hidden = hidden.float()
+    weight = model.lm_head.weight
+    trained = batch["trained"]
+    targets = ids.roll(-1, dims=1)[trained]
+    answer_loss = F.cross_entropy(hidden[trained] @ weight.T, targets)
+    visual = hidden[image].reshape(ids.shape[0], -1, hidden.shape[-1]) @ weight[words].T
+    pooled = visual.logsumexp(1) - math.log(visual.shape[1])
+    presence_loss = F.binary_cross_entropy_with_logits(pooled, batch["present"], pos_weight=torch.tensor(4.0))
+    return answer_loss, presence_loss
+
+
+def save_atomically(state: dict[str, Any], path: Path) -> None:
+    partial = path.with_suffix(".partial")
+    torch.save(state, partial)
+    partial.replace(path)
+
+
+def export(model: Qwen2VLForConditionalGeneration, processor: Qwen2VLProcessor, out: Path) -> None:
+    out.mkdir(parents=True, exist_ok=True)
+    for module in model.modules():
+        module.__dict__.pop("forward", None)
+    model.to(torch.bfloat16).eval().save_pretrained(out)
+    processor.save_pretrained(out)
+
+
+def train(
+    work: Annotated[Path, typer.Option(help="Folder of the run: checkpoints and log.")],
+    out: Annotated[Path, typer.Option(help="Where the finished checkpoint is written.")],
+    world: Annotated[
+        str, typer.Option(help="'demo', or 'other': unseen words and sprites, same architecture.")
+    ] = "demo",
+    steps: int = 9000,
+    learning_rate: float = 1.5e-3,
+    presence_weight: float = 2.0,
+    seed: int = 0,
+    threads: int = 1,
+    workers: int = 1,
+    stop_after: Annotated[
+        int | None, typer.Option(help="Stop after this many steps of this call (to measure).")
+    ] = None,
+) -> None:
+    torch.set_num_threads(threads)
+    torch.manual_seed(seed)
+    work.mkdir(parents=True, exist_ok=True)
+    tokenizer = build_tokenizer(WORLDS[world][0])
+    processor = build_processor(tokenizer)
+    model = build_model(tokenizer)
+    speed_up_vision(model)
+    decay = [p for p in model.parameters() if p.ndim > 1]
+    plain = [p for p in model.parameters() if p.ndim <= 1]
+    optimizer = torch.optim.AdamW(
+        [{"params": decay, "weight_decay": 0.05}, {"params": plain, "weight_decay": 0.0}],
+        lr=learning_rate,
+        betas=(0.9, 0.98),
+    )
+
+    def rate(step: int) -> float:
+        warm = min(1.0, (step + 1) / 200)
+        return warm * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(1.0, step / steps))))
+
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
+    start, checkpoint = 0, work / "checkpoint.pt"
+    if checkpoint.exists():
+        state = torch.load(checkpoint, weights_only=True)
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        schedule.load_state_dict(state["schedule"])
+        start = state["step"]
+        print(f"resumed at step {start}", flush=True)
+    data = Batches(tokenizer, world, seed, steps)
+    words = torch.tensor(tokenizer.convert_tokens_to_ids(data.words))
+    end = min(steps, start + stop_after) if stop_after else steps
+    loader = DataLoader(
+        data, batch_size=None, sampler=range(start, end), num_workers=workers, prefetch_factor=4 if workers else None
+    )
+    model.train()
+    averages, began = np.zeros(2), time.time()
+    for step, batch in enumerate(loader, start=start):
+        answer_loss, presence_loss = losses(model, batch, words)
+        optimizer.zero_grad(set_to_none=True)
+        (answer_loss + presence_weight * presence_loss).backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        averages += (answer_loss.item(), presence_loss.item())
+        if (step + 1) % 50 == 0:
+            record = {
+                "step": step + 1,
+                "answer_loss": round(float(averages[0]) / 50, 4),
+                "presence_loss": round(float(averages[1]) / 50, 4),
+                "seconds_per_step": round((time.time() - began) / 50, 3),
+            }
+            with (work / "log.jsonl").open("a") as log:
+                log.write(json.dumps(record) + "\n")
+            print(record, flush=True)
+            averages, began = np.zeros(2), time.time()
+        if (step + 1) % 500 == 0 or step + 1 == end:
+            save_atomically(
+                {
+                    "model": model.state_dict(),
+                    "optimizer": optimizer.state_dict(),
+                    "schedule": schedule.state_dict(),
+                    "step": step + 1,
+                },
+                checkpoint,
+            )
+    export(model, processor, out)
+    print(f"wrote {out}")
+
+
+if __name__ == "__main__":
+    typer.run(train)

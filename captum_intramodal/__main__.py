@@ -1,0 +1,3 @@
+from captum_intramodal.cli import main
+
+main()

@@ -1,0 +1,191 @@
+r"""A transformers image-text-to-text model and its processor, bound together: prompts, answers, hidden states."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from captum_intramodal.geometry import TokenGeometry, cached_geometry, visual_positions
+from captum_intramodal.logit_lens import LogitLens
+
+__all__ = ["Encoding", "ModelAdapter"]
+
+Prompt = str | Sequence[Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """Prompt, pictures and answer as one teacher-forced model input (batch of 1).
+
+    Attributes:
+        inputs (dict): keyword arguments of the model's forward.
+        input_ids (Tensor): int64 (sequence,), on the CPU.
+        prompt_length (int): number of positions before the answer.
+        visual_positions (Tensor): int64 (V,), on the CPU.
+    """
+
+    inputs: dict[str, Any]
+    input_ids: Tensor
+    prompt_length: int
+    visual_positions: Tensor
+
+    @property
+    def answer_ids(self) -> list[int]:
+        return self.input_ids[self.prompt_length :].tolist()
+
+
+class ModelAdapter:
+    r"""
+    Binds a model and its processor, and knows what is the same for all of them: how a prompt with pictures becomes
+    model inputs, at any picture size; how an answer is generated or appended; where the visual tokens are and which
+    region of the picture each stands for (measured, see :mod:`captum_intramodal.geometry`).
+
+    Args:
+
+        model (PreTrainedModel): An image-text-to-text model, in any dtype, on any device.
+        processor: Its processor, from ``AutoProcessor.from_pretrained``.
+
+    Raises:
+        TypeError: not a generating transformers model, or a processor without tokenizer or image processor.
+    """
+
+    def __init__(self, model: PreTrainedModel, processor: Any) -> None:
+        if (
+            not isinstance(model, torch.nn.Module)
+            or not hasattr(model, "get_decoder")
+            or not hasattr(model, "generate")
+        ):
+            raise TypeError(f"Expected a transformers model that generates text, got {type(model).__name__}.")
+        if getattr(processor, "tokenizer", None) is None or getattr(processor, "image_processor", None) is None:
+            raise TypeError(
+                f"{type(processor).__name__} is not the processor of an image-text-to-text model (it needs a tokenizer "
+                "and an image processor); load it with AutoProcessor.from_pretrained. A text-only model has no picture "
+                "to explain."
+            )
+        self.model = model
+        self.processor = processor
+        self.tokenizer = processor.tokenizer
+
+    @cached_property
+    def lens(self) -> LogitLens:
+        return LogitLens(self.model)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model wants its inputs."""
+        return self.model.get_input_embeddings().weight.device
+
+    def prompt_text(self, prompt: Prompt, n_images: int) -> str:
+        """The prompt as the model reads it: in its chat template where it has one, with a placeholder per picture."""
+        if isinstance(prompt, str):
+            if not prompt.strip():
+                raise ValueError("The prompt is empty; ask the model something about the picture.")
+            content = [*({"type": "image"} for _ in range(n_images)), {"type": "text", "text": prompt}]
+            messages: Sequence[Mapping[str, Any]] = [{"role": "user", "content": content}]
+        else:
+            messages = prompt
+        if getattr(self.processor, "chat_template", None) or getattr(self.tokenizer, "chat_template", None):
+            return str(self.processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
+        if not isinstance(prompt, str):
+            raise ValueError("This processor has no chat template; pass the prompt as a string instead of messages.")
+        placeholder = getattr(self.processor, "image_token", None) or "<image>"
+        return f"{placeholder * n_images}{prompt}"
+
+    def prepare(self, images: Sequence[Image.Image], prompt: Prompt) -> dict[str, Any]:
+        """Model inputs for a prompt about pictures, as the processor makes them, on the model's device."""
+        text = self.prompt_text(prompt, len(images))
+        bos = self.tokenizer.bos_token
+        extra = {"add_special_tokens": False} if bos and text.startswith(bos) else {}
+        batch = self.processor(images=list(images), text=[text], return_tensors="pt", **extra)
+        return {key: value.to(self.device) if isinstance(value, Tensor) else value for key, value in batch.items()}
+
+    def run(self, inputs: Mapping[str, Any]) -> Any:
+        """One forward pass with the processor's inputs, in the model's dtype; keeps no cache."""
+        dtype = self.model.dtype
+        cast = {
+            key: value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
+            for key, value in inputs.items()
+        }
+        return self.model(**cast, use_cache=False)
+
+    @torch.no_grad()
+    def generate(self, inputs: Mapping[str, Any], max_new_tokens: int = 128) -> list[int]:
+        """Greedy answer as token ids, without the tokens that end it."""
+        length = inputs["input_ids"].shape[1]
+        dtype = self.model.dtype
+        cast = {k: v.to(dtype) if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in inputs.items()}
+        output = self.model.generate(
+            **cast,
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            num_beams=1,
+            temperature=None,
+            top_p=None,
+            top_k=None,
+            # A placeholder in the answer would ask for the features of one more picture.
+            suppress_tokens=inputs["input_ids"][0, visual_positions(self.model, inputs["input_ids"][0])].unique().tolist(),
+            pad_token_id=self._pad_token_id,
+        )
+        return self._strip_end(output[0, length:].tolist())
+
+    @property
+    def _pad_token_id(self) -> int | None:
+        return self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.tokenizer.eos_token_id
+
+    def _strip_end(self, ids: list[int]) -> list[int]:
+        eos = getattr(self.model.generation_config, "eos_token_id", None)
+        ends = {*(eos if isinstance(eos, list) else [eos]), self.tokenizer.eos_token_id, self.tokenizer.pad_token_id}
+        while ids and ids[-1] in ends:
+            ids = ids[:-1]
+        return ids
+
+    def tokenize_answer(self, answer: str | Sequence[int]) -> list[int]:
+        """Ids of an answer given as text or as ids.
+
+        Raises:
+            ValueError: an empty answer, or one with words that the tokenizer does not know.
+        """
+        if not isinstance(answer, str):
+            ids = [int(i) for i in answer]
+            if bad := [i for i in ids if not 0 <= i < len(self.tokenizer)]:
+                raise ValueError(f"Answer ids {bad[:5]} lie outside the vocabulary of {len(self.tokenizer)}.")
+        else:
+            ids = self.tokenizer(answer, add_special_tokens=False)["input_ids"]
+            unknown = self.tokenizer.unk_token_id
+            if unknown is not None and unknown in ids:
+                known = [
+                    w for w in answer.split() if unknown in self.tokenizer(w, add_special_tokens=False)["input_ids"]
+                ]
+                raise ValueError(f"The model's tokenizer cannot encode {', '.join(map(repr, known)) or repr(answer)}.")
+        ids = self._strip_end(ids)
+        if not ids:
+            raise ValueError("The answer is empty; there is no word to explain.")
+        return ids
+
+    def encode(self, inputs: Mapping[str, Any], answer_ids: Sequence[int]) -> Encoding:
+        """Appends an answer to a prompt's inputs for one teacher-forced pass."""
+        ids = inputs["input_ids"]
+        length = ids.shape[1]
+        answer = torch.tensor([list(answer_ids)], dtype=ids.dtype, device=ids.device)
+        extended: dict[str, Any] = dict(inputs)
+        for key, value in inputs.items():
+            # Whatever runs along the sequence (masks, token types) goes on as at the prompt's last, textual position.
+            along = isinstance(value, Tensor) and value.shape[:2] == (1, length) and not value.is_floating_point()
+            if along and key != "input_ids":
+                extended[key] = torch.cat([value, value[:, -1:].expand(1, answer.shape[1], *value.shape[2:])], dim=1)
+        extended["input_ids"] = torch.cat([ids, answer], dim=1)
+        visual = visual_positions(self.model, ids[0]).cpu()
+        return Encoding(extended, extended["input_ids"][0].cpu(), length, visual)
+
+    def geometry(self, image_sizes: Sequence[tuple[int, int]]) -> TokenGeometry:
+        """Region of the picture that each visual token stands for, for pictures of these (width, height)."""
+        return cached_geometry(
+            self.model, self.processor, lambda images: self.prepare(images, "describe"), tuple(image_sizes)
+        )

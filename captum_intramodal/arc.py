@@ -1,0 +1,465 @@
+r"""Activation Ranking Correlation: suppress the activation that irrelevant context causes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from captum.attr import Attribution
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from captum_intramodal._captum import format_additional_forward_args, format_tensor_into_tuples, log_usage
+from captum_intramodal.hooks import run_layers
+from captum_intramodal.logit_lens import LogitLens, find_model, select_layers
+from captum_intramodal.rankings import NORMALIZATIONS, Normalization, pairwise_rank_biased_overlap
+
+__all__ = ["ARC", "ActivationRankingCorrelation", "ContextRelevance", "suppress_interference"]
+
+Weighting = Literal[
+    "irrelevance",
+    "relevance",
+    "text_activation",
+    "irrelevance*text_activation",
+    "relevance*text_activation",
+]
+WEIGHTINGS: tuple[str, ...] = (
+    "irrelevance",
+    "relevance",
+    "text_activation",
+    "irrelevance*text_activation",
+    "relevance*text_activation",
+)
+RankingPosition = Literal["token", "prediction"]
+
+
+@dataclass(frozen=True)
+class ContextRelevance:
+    r"""
+    How a sequence's text tokens relate to each other; row t, column j: the context token j of the token t.
+
+    Attributes:
+
+        relevance (Tensor): Rank-biased overlap of the two tokens' rankings, float32 (T, T) in [0, 1], symmetric.
+        text_activation (Tensor): :math:`r_t(j) = \max(0, \mathrm{norm}(h_j) \cdot w_t)`, float32 (T, T).
+        context (Tensor): bool (T, T): whether j is context of t: earlier in the sequence and another token.
+    """
+
+    relevance: Tensor
+    text_activation: Tensor
+    context: Tensor
+
+    def weights(self, weighting: Weighting) -> Tensor:
+        """Weights of the context in the interference, float32 (T, T), zero outside the context; rows not normalised."""
+        if weighting not in WEIGHTINGS:
+            raise ValueError(f"weighting must be one of {WEIGHTINGS}, got {weighting!r}.")
+        factors = {
+            "irrelevance": 1 - self.relevance,
+            "relevance": self.relevance,
+            "text_activation": self.text_activation,
+        }
+        result = self.context.float()
+        for name in weighting.split("*"):
+            result = result * factors[name]
+        return result
+
+
+def suppress_interference(
+    maps: Tensor,
+    weights: Tensor,
+    least_squares: bool = True,
+    strength: float = 1.0,
+    relu_attributions: bool = True,
+    chunk_size: int = 128,
+) -> Tensor:
+    r"""
+    Takes from each token's map what its context explains of it.
+
+    With :math:`A_t` the map of token t and :math:`\omega_{tj}` the weight of the context token j,
+
+    .. math::
+        E_t = \frac{\sum_j \omega_{tj} A_j}{\sum_j \omega_{tj}}, \qquad
+        s_t = \lambda \frac{\langle A_t, E_t \rangle}{\langle E_t, E_t \rangle}, \qquad
+        A'_t = \max(0, A_t - s_t E_t)
+
+    Without least squares :math:`s_t = \lambda`. A token without context, or whose context has no weight or no map,
+    keeps its map.
+
+    Args:
+
+        maps (Tensor): One map per token, (T, ...), any shape; all tokens of the sequence that may be context.
+        weights (Tensor): :math:`\omega`, non-negative, float32 (T, T).
+        least_squares (bool, optional): Fit the scale to each token.
+                    Default: True
+        strength (float, optional): :math:`\lambda`, how much of the interference is taken away; 0 leaves the maps.
+                    Default: 1.0
+        relu_attributions (bool, optional): Clip the result at 0. Turn it off for signed attributions.
+                    Default: True
+        chunk_size (int, optional): Tokens that are worked on at a time, which bounds memory.
+                    Default: 128
+
+    Returns:
+        *Tensor* of the shape of ``maps``, float32.
+
+    Raises:
+        ValueError: shapes that do not belong together.
+
+    Examples::
+
+        >>> maps = torch.tensor([[1.0, 0.0, 0.0], [1.0, 0.0, 1.0]])
+        >>> suppress_interference(maps, torch.tensor([[0.0, 0.0], [1.0, 0.0]]))
+        tensor([[1., 0., 0.],
+                [0., 0., 1.]])
+    """
+    count = maps.shape[0] if maps.ndim else 0
+    if maps.ndim < 2 or weights.shape != (count, count):
+        raise ValueError(
+            f"maps must be (T, ...) and weights (T, T), got {tuple(maps.shape)} and {tuple(weights.shape)}."
+        )
+    flat = maps.reshape(count, -1).float()
+    weights = weights.to(flat)
+    result = torch.empty_like(flat)
+    for start in range(0, count, chunk_size):
+        rows = slice(start, start + chunk_size)
+        total = weights[rows].sum(1, keepdim=True)
+        interference = weights[rows] @ flat / total.clamp_min(torch.finfo(torch.float32).tiny)
+        energy = interference.square().sum(1, keepdim=True)
+        scale = torch.full_like(energy, strength)
+        if least_squares:
+            scale = scale * (flat[rows] * interference).sum(1, keepdim=True) / energy
+        scale = torch.where((total > 0) & (energy > 0), scale, 0.0)
+        result[rows] = flat[rows] - scale * interference
+    if relu_attributions:
+        result.clamp_min_(0)
+    return result.reshape(maps.shape)
+
+
+class ActivationRankingCorrelation(Attribution):
+    r"""
+    Activation Ranking Correlation (arXiv 2509.22415): suppresses, in the map of a token, the activation that comes
+    from irrelevant context, and keeps what is coherent with it.
+
+    Forward hooks on the model's decoder layers read, through the logit lens, the ``k`` most likely next tokens at each
+    text position. The rank-biased overlap of the rankings of a context token j and of the current token t says how
+    relevant that context is, :math:`\rho_{tj} \in [0, 1]` (Eq. 7; averaged over ``layers``). The interference that is
+    subtracted from the map of t is the mean of the maps of its context (all earlier text tokens that are not the same
+    token) with weights :math:`\omega_{tj}`, see :func:`suppress_interference`:
+
+    ===============================  =============================================
+    ``weighting``                    :math:`\omega_{tj}`
+    ===============================  =============================================
+    ``irrelevance``                  :math:`1 - \rho_{tj}`
+    ``relevance``                    :math:`\rho_{tj}`
+    ``text_activation``              :math:`r_t(j) = \max(0, h_j \cdot w_t)` (TAM)
+    ``irrelevance*text_activation``  :math:`(1 - \rho_{tj}) \, r_t(j)`
+    ``relevance*text_activation``    :math:`\rho_{tj} \, r_t(j)`
+    ===============================  =============================================
+
+    It is used in two ways: as a post-processor, :meth:`context` and :meth:`suppress`, on maps that exist already, from
+    whatever method; and as a wrapper, :meth:`attribute`, around a Captum method that explains one target at a time.
+
+    Args:
+
+        attribution_method (Attribution, optional): The Captum method to wrap, for instance
+                    ``LayerIntegratedGradients(forward_func, layer)``.
+                    Default: None, for use as a post-processor.
+        model (PreTrainedModel or LogitLens, optional): The model whose layers are read.
+                    Default: None, the one found in the method's ``forward_func``.
+        layers (Sequence[int], optional): Decoder layers whose rankings are compared.
+                    Default: ``(-1,)``
+        k (int, optional): Length of the rankings; larger than the vocabulary means all of it.
+                    Default: 50
+        p (float, optional): Persistence of the rank-biased overlap, in (0, 1).
+                    Default: 0.9
+        normalization (str, optional): Of the truncated overlap, see
+                    :func:`~captum_intramodal.rank_biased_overlap`.
+                    Default: ``'truncated'``
+        weighting (str, optional): See the table.
+                    Default: ``'irrelevance*text_activation'``
+        ranking_position (str, optional): A token's ranking is read at the token itself (``'token'``: what may follow
+                    it) or at the position before, which predicted it (``'prediction'``).
+                    Default: ``'token'``
+        least_squares (bool, optional): Fit the scale of the interference to each token.
+                    Default: True
+        strength (float, optional): Factor of the interference that is subtracted.
+                    Default: 1.0
+        relu_attributions (bool, optional): Clip the result at 0; turn it off for signed attributions.
+                    Default: True
+        reduce (Callable, optional): Applied to each attribution of the wrapped method before suppression, such as
+                    ``lambda a: a.sum(-1)`` to sum over hidden dimensions.
+                    Default: None
+
+    Examples::
+
+        >>> arc = ActivationRankingCorrelation(model=model)
+        >>> # maps: (T, height, width) of the text tokens at ``positions`` (T,)
+        >>> context = arc.context(inputs, positions)
+        >>> suppressed = arc.suppress(maps, context)
+    """
+
+    def __init__(
+        self,
+        attribution_method: Attribution | None = None,
+        model: PreTrainedModel | LogitLens | None = None,
+        layers: Sequence[int] = (-1,),
+        k: int = 50,
+        p: float = 0.9,
+        normalization: Normalization = "truncated",
+        weighting: Weighting = "irrelevance*text_activation",
+        ranking_position: RankingPosition = "token",
+        least_squares: bool = True,
+        strength: float = 1.0,
+        relu_attributions: bool = True,
+        reduce: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
+        if attribution_method is not None and not isinstance(attribution_method, Attribution):
+            raise TypeError(
+                f"attribution_method must be a Captum Attribution or None, got {type(attribution_method).__name__}; "
+                "pass the model as model=."
+            )
+        if attribution_method is None and model is None:
+            raise ValueError("Pass an attribution_method to wrap, or model= to use ARC as a post-processor.")
+        check_arc_options(k, p, normalization, weighting, ranking_position, strength)
+        self.attribution_method = attribution_method
+        if model is None and attribution_method is not None:
+            model = getattr(attribution_method, "lens", None) or find_model(attribution_method.forward_func)
+        self.lens = model if isinstance(model, LogitLens) else LogitLens(model)  # type: ignore[arg-type]
+        self.model = model if isinstance(model, PreTrainedModel) else None
+        self.layers = tuple(layers)
+        self.modules = select_layers(self.lens, self.layers)
+        self.k = k
+        self.p = p
+        self.normalization: Normalization = normalization
+        self.weighting: Weighting = weighting
+        self.ranking_position: RankingPosition = ranking_position
+        self.least_squares = least_squares
+        self.strength = strength
+        self.relu_attributions = relu_attributions
+        self.reduce = reduce
+
+    @property
+    def forward_func(self) -> Callable[..., Any]:
+        if self.attribution_method is None:
+            raise ValueError("This ARC wraps no attribution method; it is a post-processor (context, suppress).")
+        return self.attribution_method.forward_func
+
+    @forward_func.setter
+    def forward_func(self, value: Callable[..., Any]) -> None:
+        if self.attribution_method is not None:
+            self.attribution_method.forward_func = value
+
+    @property
+    def multiplies_by_inputs(self) -> bool:
+        return self.attribution_method is not None and bool(self.attribution_method.multiplies_by_inputs)
+
+    def has_convergence_delta(self) -> bool:
+        """False: what is suppressed is missing from the sum that completeness speaks of."""
+        return False
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The options that define the result, JSON-able."""
+        names = ("k", "p", "normalization", "weighting", "ranking_position", "least_squares", "strength")
+        return {"layers": list(self.layers)} | {name: getattr(self, name) for name in names}
+
+    def context(self, inputs: Mapping[str, Any], positions: Tensor) -> ContextRelevance:
+        r"""
+        Reads the rankings in one forward pass without gradients and compares them.
+
+        Args:
+
+            inputs (Mapping): Keyword arguments of the model's forward for one example, as its processor returns them,
+                        with ``input_ids`` (1, sequence).
+            positions (Tensor): Positions of the text tokens in the sequence, increasing, int64 (T,); all that
+                        may be context, and those to explain.
+
+        Returns:
+            ContextRelevance: for any number of uses.
+
+        Raises:
+            ValueError: more than one example, positions that are not increasing or outside the sequence.
+        """
+        ids = inputs.get("input_ids")
+        if self.model is None or not isinstance(ids, Tensor):
+            raise ValueError("context needs a transformers model (model=) and inputs with 'input_ids'.")
+        if ids.ndim != 2 or ids.shape[0] != 1:
+            raise ValueError(f"context works on one example, got input_ids of shape {tuple(ids.shape)}.")
+        positions = check_positions(positions, ids.shape[1])
+        return self._context(lambda: self.model(**inputs), positions, ids[0].cpu()[positions])  # type: ignore[misc]
+
+    def _context(self, forward: Callable[[], Any], positions: Tensor, tokens: Tensor) -> ContextRelevance:
+        # The position before each token too, for rankings at the prediction; the very first token has none.
+        rows = torch.cat([positions, (positions - 1).clamp_min(0)])
+        modules = [*self.modules, self.lens.layers[-1]]
+
+        def select(hidden: Tensor) -> Tensor:
+            if hidden.shape[0] != 1:
+                raise ValueError(f"ARC reads rankings of one example at a time, got a batch of {hidden.shape[0]}.")
+            return hidden[0, rows.to(hidden.device)]
+
+        *states, last = run_layers(forward, modules, select)
+        return self.compare(states, last, tokens)
+
+    def compare(self, states: Sequence[Tensor], last: Tensor, tokens: Tensor) -> ContextRelevance:
+        r"""
+        Relevance of context from hidden states that have been read already.
+
+        Args:
+
+            states (Sequence[Tensor]): For each of ``layers`` the hidden states (2T, D): at the T text tokens, then at
+                        the positions before them.
+            last (Tensor): The last layer's, likewise (2T, D).
+            tokens (Tensor): Ids of the T tokens, int64 (T,).
+
+        Returns:
+            ContextRelevance: of the T tokens.
+        """
+        count = len(tokens)
+        part = slice(None, count) if self.ranking_position == "token" else slice(count, None)
+        relevance = torch.zeros(count, count)
+        for hidden in states:
+            rankings = self.lens.topk(hidden[part], self.k)
+            relevance += pairwise_rank_biased_overlap(rankings, rankings, self.p, self.normalization).cpu()
+        # activation[j, t]: what position j says for token t.
+        activation = self.lens.activation(last[:count], tokens).clamp_min(0).cpu()
+        earlier = torch.ones(count, count, dtype=torch.bool).tril(-1)
+        return ContextRelevance(
+            relevance=relevance / len(states),
+            text_activation=activation.T.contiguous(),
+            context=earlier & (tokens[:, None] != tokens[None, :]),
+        )
+
+    def suppress(self, maps: Tensor, context: ContextRelevance) -> Tensor:
+        r"""
+        Suppresses interference in maps that exist already.
+
+        Args:
+
+            maps (Tensor): One map per text token, (T, ...), in the order of the positions given to :meth:`context`.
+            context (ContextRelevance): From :meth:`context` or :meth:`compare`.
+
+        Returns:
+            *Tensor* of the shape of ``maps``, float32.
+        """
+        weights = context.weights(self.weighting)
+        return suppress_interference(maps, weights, self.least_squares, self.strength, self.relu_attributions)
+
+    @log_usage(part_of_slo=True)
+    def attribute(
+        self,
+        inputs: Tensor | tuple[Tensor, ...],
+        target: Any,
+        arc_context: Sequence[Any],
+        arc_positions: Tensor,
+        additional_forward_args: Any = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        r"""
+        Attributes one target with the wrapped method and suppresses what its context causes. To explain all tokens of
+        an answer, :meth:`attribute_all` does the same work once.
+
+        Args:
+
+            inputs (Tensor or tuple[Tensor, ...]): As the wrapped method takes them; one example.
+            target (int or tuple): Captum target of the token to explain; the (last) entry is the token's id.
+            arc_context (Sequence): Captum targets of its context tokens, in the order of the sequence.
+            arc_positions (Tensor): Positions in the sequence of the context tokens and, last, of the token itself,
+                        int64 (len(arc_context) + 1,).
+            additional_forward_args (Any, optional): Of the forward function.
+                        Default: None
+            **kwargs (Any, optional): Further arguments of the wrapped method.
+
+        Returns:
+            *Tensor* of the shape of the wrapped method's attribution (after ``reduce``).
+        """
+        return self.attribute_all(inputs, [*arc_context, target], arc_positions, additional_forward_args, **kwargs)[-1:]
+
+    def attribute_all(
+        self,
+        inputs: Tensor | tuple[Tensor, ...],
+        targets: Sequence[Any],
+        arc_positions: Tensor,
+        additional_forward_args: Any = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        r"""
+        Attributes every target with the wrapped method, each with the ones before it as context.
+
+        Args:
+
+            inputs, additional_forward_args, kwargs: See :meth:`attribute`.
+            targets (Sequence): Captum targets in the order of the sequence; the (last) entry of each is a token id.
+            arc_positions (Tensor): Position in the sequence of each target's token, int64 (T,).
+
+        Returns:
+            *Tensor* (T, ...): one suppressed attribution per target.
+
+        Raises:
+            ValueError: no wrapped method, more than one example, or a method that returns several tensors.
+        """
+        method = self.attribution_method
+        if method is None:
+            raise ValueError("This ARC wraps no attribution method; use context and suppress.")
+        if len(targets) != len(arc_positions):
+            raise ValueError(
+                f"{len(targets)} targets but {len(arc_positions)} positions; pass one position per target."
+            )
+        forward_args = format_tensor_into_tuples(inputs) + (
+            format_additional_forward_args(additional_forward_args) or ()
+        )
+        positions = check_positions(arc_positions, None)
+        tokens = torch.tensor([int(t[-1]) if isinstance(t, tuple) else int(t) for t in targets])
+        context = self._context(lambda: method.forward_func(*forward_args), positions, tokens)
+        maps = []
+        for target in targets:
+            result = method.attribute(inputs, target=target, additional_forward_args=additional_forward_args, **kwargs)
+            if isinstance(result, tuple) and len(result) == 1:
+                result = result[0]
+            if not isinstance(result, Tensor) or result.shape[0] != 1:
+                raise ValueError("ARC needs one attribution tensor of one example from the wrapped method.")
+            maps.append(result.detach() if self.reduce is None else self.reduce(result.detach()))
+        return self.suppress(torch.cat(maps), context)
+
+    def attribute_future(self) -> None:
+        """This method is not implemented for ActivationRankingCorrelation."""
+        raise NotImplementedError("attribute_future is not implemented for ActivationRankingCorrelation")
+
+
+ARC = ActivationRankingCorrelation
+
+
+def check_positions(positions: Tensor, length: int | None) -> Tensor:
+    positions = torch.as_tensor(positions).cpu()
+    if positions.ndim != 1 or positions.is_floating_point() or positions.numel() == 0:
+        raise ValueError(
+            f"positions must be a non-empty 1-D integer tensor, got {positions.dtype} {tuple(positions.shape)}."
+        )
+    if (
+        bool((positions.diff() <= 0).any())
+        or int(positions[0]) < 0
+        or (length is not None and int(positions[-1]) >= length)
+    ):
+        raise ValueError(
+            f"positions must increase within the sequence{'' if length is None else f' of {length}'}, "
+            f"got {positions.tolist()[:8]}{'...' if len(positions) > 8 else ''}."
+        )
+    return positions
+
+
+def check_arc_options(
+    k: int, p: float, normalization: str, weighting: str, ranking_position: str, strength: float
+) -> None:
+    if k < 1:
+        raise ValueError(f"k must be at least 1, got {k}.")
+    if not 0 < p < 1:
+        raise ValueError(f"p must lie strictly between 0 and 1, got {p}.")
+    if normalization not in NORMALIZATIONS:
+        raise ValueError(f"normalization must be one of {NORMALIZATIONS}, got {normalization!r}.")
+    if weighting not in WEIGHTINGS:
+        raise ValueError(f"weighting must be one of {WEIGHTINGS}, got {weighting!r}.")
+    if ranking_position not in ("token", "prediction"):
+        raise ValueError(f"ranking_position must be 'token' or 'prediction', got {ranking_position!r}.")
+    if strength < 0:
+        raise ValueError(f"strength must not be negative, got {strength}.")

@@ -1,0 +1,282 @@
+r"""The command line: ``captum-intramodal demo`` and ``captum-intramodal explain``."""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+if TYPE_CHECKING:  # torch and transformers take seconds to import; --help should not.
+    from captum_intramodal.explanation import Explanation
+
+app = typer.Typer(
+    help="Explain why a multimodal LLM said each word of its answer.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+console = Console()
+errors = Console(stderr=True, soft_wrap=True)
+
+OutOption = Annotated[Path, typer.Option("--out", help="Directory for index.html, overview.png and the explanation.")]
+ScalesOption = Annotated[
+    str | None, typer.Option("--scales", help="Factors of the picture's size, such as 1,1.5,2. Default: the library's.")
+]
+NoArcOption = Annotated[bool, typer.Option("--no-arc", help="Keep the activation that irrelevant context causes.")]
+
+
+def fail(message: str) -> NoReturn:
+    """One clear line on standard error and exit code 2."""
+    errors.print(f"[bold red]error:[/] {_escape(' '.join(message.split()))}", highlight=False)
+    raise typer.Exit(2)
+
+
+def _escape(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(text)
+
+
+@app.command()
+def demo(
+    out: OutOption = Path("captum-intramodal-demo"),
+    picture: Annotated[int, typer.Option(help="Which of the example pictures, from 1.", min=1)] = 1,
+    prompt: Annotated[str, typer.Option(help="What to ask about it.")] = "describe the picture.",
+    scales: ScalesOption = None,
+    no_arc: NoArcOption = False,
+) -> None:
+    """Explain an answer of the embedded demo model: no download, no GPU."""
+    from captum_intramodal.demo import CHECKPOINT, PICTURES
+
+    if picture > len(PICTURES):
+        fail(f"There are {len(PICTURES)} example pictures; --picture {picture} does not exist.")
+    _explain(str(CHECKPOINT), PICTURES[picture - 1], prompt, None, scales, no_arc, out)
+
+
+@app.command()
+def explain(
+    model: Annotated[str, typer.Option(help="Directory of a checkpoint, or its id on the Hugging Face hub.")],
+    image: Annotated[Path, typer.Option(help="The picture.")],
+    prompt: Annotated[str, typer.Option(help="What to ask about it.")],
+    answer: Annotated[str | None, typer.Option(help="The answer to explain. Default: the model's own.")] = None,
+    scales: ScalesOption = None,
+    no_arc: NoArcOption = False,
+    out: OutOption = Path("explanation"),
+    max_new_tokens: Annotated[int, typer.Option(help="Longest answer to generate.", min=1)] = 128,
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    device: Annotated[str, typer.Option(help="cpu, cuda, ...; auto takes a GPU where there is one.")] = "auto",
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub checkpoint.")] = None,
+    trust_remote_code: Annotated[bool, typer.Option(help="Run code that comes with the checkpoint.")] = False,
+) -> None:
+    """Explain an answer of an image-text-to-text model of transformers."""
+    _explain(
+        model, image, prompt, answer, scales, no_arc, out, max_new_tokens, dtype, device, revision, trust_remote_code
+    )
+
+
+def _explain(
+    model_id: str,
+    image: Path,
+    prompt: str,
+    answer: str | None,
+    scales: str | None,
+    no_arc: bool,
+    out: Path,
+    max_new_tokens: int = 128,
+    dtype: str = "auto",
+    device: str = "auto",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> None:
+    # What can be checked without the model is checked before it is loaded.
+    factors = _parse_scales(scales)
+    if not prompt.strip():
+        fail("The prompt is empty; ask the model something about the picture.")
+    if out.exists() and not out.is_dir():
+        fail(f"{out} is a file; --out must be a directory.")
+    picture = _open_picture(image)
+    with console.status("Loading torch and transformers") as status:
+        import captum_intramodal
+        from captum_intramodal.report import draw_overview
+
+        status.update(f"Loading {model_id}")
+        with _quiet():
+            model, processor = _load(model_id, dtype, device, revision, trust_remote_code)
+        with _one_line(), _quiet():
+            explanation = captum_intramodal.explain(
+                model,
+                processor,
+                picture,
+                prompt,
+                answer,
+                arc=not no_arc,
+                max_new_tokens=max_new_tokens,
+                progress=status.update,
+                **({} if factors is None else {"scales": factors}),
+            )
+            status.update("Drawing")
+            _write(out, explanation, draw_overview)
+    if explanation.settings["dropped_scales"]:
+        dropped = ", ".join(f"{scale:g}" for scale in explanation.settings["dropped_scales"])
+        console.print(f"Left out scale {dropped}: the processor brings the picture to the same size anyway.")
+    _print_table(explanation)
+    page, sheet = (_escape(str(out / name)) for name in ("index.html", "overview.png"))
+    console.print(f"\nOpen [bold]{page}[/] in a browser; all words on one sheet: {sheet}")
+
+
+def _parse_scales(scales: str | None) -> tuple[float, ...] | None:
+    if scales is None:
+        return None
+    try:
+        factors = tuple(float(part) for part in scales.split(","))
+    except ValueError:
+        fail(f"--scales takes numbers separated by commas, such as 1,1.5,2; got {scales!r}.")
+    if any(not 0 < factor <= 16 for factor in factors) or len(set(factors)) < len(factors):
+        fail(f"--scales must be different numbers above 0 and at most 16, got {scales!r}.")
+    return factors
+
+
+def _open_picture(path: Path) -> Any:
+    from PIL import Image, ImageOps, UnidentifiedImageError
+
+    try:
+        with Image.open(path) as picture:
+            return ImageOps.exif_transpose(picture).convert("RGB")
+    except FileNotFoundError:
+        fail(f"There is no file {path}.")
+    except UnidentifiedImageError:
+        fail(f"{path} is not a picture that can be read.")
+    except (OSError, ValueError, Image.DecompressionBombError) as error:
+        fail(f"{path} cannot be read as a picture: {error}")
+
+
+def _load(model_id: str, dtype: str, device: str, revision: str | None, trust_remote_code: bool) -> tuple[Any, Any]:
+    import torch
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    if dtype not in ("auto", "float32", "bfloat16", "float16"):
+        fail(f"--dtype must be auto, float32, bfloat16 or float16, got {dtype!r}.")
+    if model_id.startswith((".", "/", "~")) or os.path.exists(model_id):
+        path = Path(model_id).expanduser()
+        if not (path / "config.json").is_file():
+            fail(f"{model_id} is not a checkpoint directory: it has no config.json.")
+        model_id = str(path)
+    options = {"revision": revision, "trust_remote_code": trust_remote_code}
+    try:
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        processor = AutoProcessor.from_pretrained(model_id, **options)
+        model = AutoModelForImageTextToText.from_pretrained(model_id, dtype=dtype, use_safetensors=True, **options)
+        if getattr(processor, "tokenizer", None) is None or getattr(processor, "image_processor", None) is None:
+            fail(f"{model_id} is no image-text-to-text model: its processor is a {type(processor).__name__}.")
+        return model.eval().to(device), processor
+    except ImportError as error:
+        fail(f"{model_id} needs a package that is not installed ({error}); try: pip install torchvision")
+    except (OSError, ValueError, KeyError, RuntimeError, TypeError) as error:
+        fail(f"{model_id} cannot be loaded as an image-text-to-text model: {_first_lines(error)}")
+
+
+def _first_lines(error: BaseException) -> str:
+    text = " ".join(str(error).split())
+    return text if len(text) < 400 else f"{text[:400]} ..."
+
+
+@contextmanager
+def _one_line() -> Iterator[None]:
+    try:
+        yield
+    except (ValueError, TypeError, ImportError) as error:
+        fail(str(error))
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps other libraries' bars and notices out of the output."""
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def _write(out: Path, explanation: Explanation, draw_overview: Callable[..., Any]) -> None:
+    """Writes everything into a directory beside ``out`` first, so that an interruption leaves nothing half-written."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=".captum-intramodal-") as partial:
+        temporary = Path(partial)
+        explanation.save(temporary)
+        draw_overview(explanation, temporary / "overview.png")
+        explanation.to_html(temporary / "index.html")
+        out.mkdir(exist_ok=True)
+        for file in sorted(temporary.iterdir()):
+            os.replace(file, out / file.name)
+
+
+def _print_table(explanation: Explanation) -> None:
+    table = Table(title=_escape(explanation.answer), title_style="bold", title_justify="left")
+    for heading, justify in (
+        ("word", "left"),
+        ("probability", "right"),
+        ("where it looked", "left"),
+        ("leans on", "left"),
+    ):
+        table.add_column(heading, justify=justify)  # type: ignore[arg-type]
+    for word in explanation.words:
+        relevance = explanation.text_relevance(word)
+        earlier = explanation.earlier_tokens(word)
+        best = int(relevance.argmax()) if relevance.numel() and float(relevance.max()) > 0 else None
+        table.add_row(
+            _escape(word.text),
+            f"{word.probability:.2f}",
+            _place(explanation, word),
+            "" if best is None else _escape(earlier[best]),
+        )
+    console.print(table)
+
+
+def _place(explanation: Explanation, word: Any) -> str:
+    """Where a word's map is strongest, in words; nothing for a word whose map is weak beside the others'."""
+    import torch
+
+    strength = [
+        float(explanation.heatmap(word, image=i, normalize="answer").max()) for i in range(len(explanation.images))
+    ]
+    image = max(range(len(strength)), key=strength.__getitem__)
+    if strength[image] < 0.15:
+        return "[dim]nowhere in particular[/]"
+    heat = explanation.heatmap(word, image=image)
+    row, column = divmod(int(torch.argmax(heat)), heat.shape[1])
+    vertical = ("top", "middle", "bottom")[min(2, 3 * row // heat.shape[0])]
+    horizontal = ("left", "centre", "right")[min(2, 3 * column // heat.shape[1])]
+    place = "centre" if (vertical, horizontal) == ("middle", "centre") else f"{vertical} {horizontal}"
+    where = f" of picture {image + 1}" if len(strength) > 1 else ""
+    return f"{place}{where} ({column}, {row})"
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    try:
+        app()
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

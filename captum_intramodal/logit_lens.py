@@ -1,0 +1,348 @@
+r"""The logit lens: a model's hidden states, read with its own final norm and unembedding."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, cast
+
+import torch
+from captum.attr import LayerAttribution
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from captum_intramodal._captum import format_additional_forward_args, format_tensor_into_tuples, log_usage
+from captum_intramodal.hooks import capture_outputs, run_layers
+
+__all__ = ["LayerLogitLens", "LogitLens"]
+
+# Where decoders keep their final norm, most common name first.
+_NORM_NAMES = ("norm", "final_layernorm", "embedding_norm", "final_layer_norm", "ln_f")
+
+
+class LogitLens:
+    r"""
+    Reads hidden states of a transformers model's decoder as if they were its last ones: final norm, unembedding, and
+    the scale or soft cap that the model puts on its logits.
+
+    The activation of token :math:`c` at hidden state :math:`h` is :math:`g(\mathrm{norm}(h) \cdot w_c)`, with
+    :math:`w_c` its row of the unembedding and :math:`g` the model's own post-processing: identity, a constant factor,
+    or :math:`\kappa \tanh(\cdot / \kappa)`. Which one is measured when the lens is made, by comparing with the model's
+    logits on a few text tokens, because configurations cannot be trusted on it.
+
+    Only the rows of the unembedding that are asked for are used, and rankings are streamed over blocks of the
+    vocabulary: a (positions x vocabulary) tensor never exists. Products are accumulated in float32.
+
+    Args:
+
+        model (transformers.PreTrainedModel): A model with ``get_decoder()`` and ``get_output_embeddings()``.
+        inputs (Mapping, optional): Keyword arguments of one forward pass to compare with, for models that cannot run
+                    on text alone.
+                    Default: None, four text tokens.
+
+    Raises:
+        TypeError: ``model`` is not a transformers model.
+        ValueError: the decoder's parts cannot be found, or its logits are not ``g(head(norm(h)))``.
+
+    Examples::
+
+        >>> lens = LogitLens(model)
+        >>> lens.activation(torch.randn(10, lens.hidden_size), torch.tensor([5, 7])).shape
+        torch.Size([10, 2])
+    """
+
+    def __init__(self, model: PreTrainedModel, inputs: Mapping[str, Any] | None = None) -> None:
+        if not hasattr(model, "get_output_embeddings"):
+            raise TypeError(f"LogitLens needs a transformers model, got {type(model).__name__}.")
+        decoder = model.get_decoder()
+        if not hasattr(decoder, "layers"):
+            decoder = getattr(decoder, "model", decoder)
+        head = model.get_output_embeddings()
+        layers = getattr(decoder, "layers", None)
+        if layers is None or head is None:
+            raise ValueError(
+                f"{type(model).__name__} has no decoder layers or no output embeddings where transformers models keep "
+                "them (get_decoder().layers, get_output_embeddings()); its logit lens cannot be read."
+            )
+        self.layers: nn.ModuleList = layers
+        self.norm: nn.Module = next((getattr(decoder, n) for n in _NORM_NAMES if hasattr(decoder, n)), nn.Identity())
+        self.head: nn.Module = head
+        self.factor: float = 1.0
+        self.cap: float | None = None
+        self._calibrate(model, inputs)
+
+    @property
+    def hidden_size(self) -> int:
+        return int(self._weight.shape[1])
+
+    @property
+    def vocab_size(self) -> int:
+        return int(self._weight.shape[0])
+
+    @property
+    def _weight(self) -> Tensor:
+        return cast(Tensor, self.head.weight)
+
+    def _calibrate(self, model: PreTrainedModel, inputs: Mapping[str, Any] | None) -> None:
+        """Finds the factor or soft cap between ``norm(h) . w`` and the model's own logits."""
+        if inputs is None:
+            device = model.get_input_embeddings().weight.device
+            inputs = {"input_ids": torch.tensor([[3, 1, 4, 2]], device=device)}
+        last = self.layers[-1]
+        with torch.no_grad(), capture_outputs([last], lambda hidden: hidden[:, -1]) as hidden:
+            logits = model(**inputs).logits[0, -1].float()
+        if last not in hidden:
+            raise ValueError(f"The last decoder layer of {type(model).__name__} did not run in its forward pass.")
+        plain = self._product(self.normalize(hidden[last])[0], slice(None)).to(logits.device)
+        plain, logits = plain[: logits.numel()], logits[: plain.numel()]
+        seen = logits.isfinite() & (logits > torch.finfo(torch.float32).min / 4)
+        plain, logits = plain[seen], logits[seen]
+        tolerance = (1e-3 if self._weight.dtype in (torch.float32, torch.float64) else 3e-2) * float(logits.std())
+        config = model.config.get_text_config()
+        cap = getattr(config, "final_logit_softcapping", None)
+        factor = float((plain @ logits) / (plain @ plain).clamp_min(1e-12))
+        candidates: list[tuple[float, float | None]] = [(1.0, None), (factor, None)]
+        if cap:
+            candidates.insert(1, (1.0, float(cap)))
+        for self.factor, self.cap in candidates:
+            gap = float((self._postprocess(plain) - logits).abs().mean())
+            if gap <= tolerance:
+                return
+        raise ValueError(
+            f"The logits of {type(model).__name__} are not a scaled or soft-capped head(norm(h)): mean gap {gap:.3g} "
+            f"with logits of standard deviation {float(logits.std()):.3g}. Its logit lens would be wrong."
+        )
+
+    def _postprocess(self, product: Tensor) -> Tensor:
+        if self.factor != 1.0:
+            product = product * self.factor
+        if self.cap is not None:
+            product = self.cap * torch.tanh(product / self.cap)
+        return product
+
+    def _product(self, normed: Tensor, rows: Tensor | slice) -> Tensor:
+        weight = self._weight[rows].to(device=normed.device, dtype=torch.float32)
+        product = normed.float() @ weight.T
+        bias = getattr(self.head, "bias", None)
+        return product if bias is None else product + bias[rows].to(product)
+
+    @torch.no_grad()
+    def normalize(self, hidden: Tensor) -> Tensor:
+        """Applies the final norm to the output of a decoder layer, (..., D) -> (..., D)."""
+        parameter = next(self.norm.parameters(), None)
+        if parameter is not None:
+            hidden = hidden.to(device=parameter.device)
+        return cast(Tensor, self.norm(hidden))
+
+    @torch.no_grad()
+    def activation(self, hidden: Tensor, tokens: Tensor, normed: bool = False) -> Tensor:
+        r"""
+        Logits of some tokens at some hidden states.
+
+        Args:
+
+            hidden (Tensor): Output of a decoder layer, (..., D).
+            tokens (Tensor): Token ids, int64 (n,).
+            normed (bool, optional): Whether the final norm has been applied to ``hidden``, as to transformers'
+                        ``hidden_states[-1]``.
+                        Default: False
+
+        Returns:
+            *Tensor* (..., n) float32.
+        """
+        normed_hidden = hidden if normed else self.normalize(hidden)
+        return self._postprocess(self._product(normed_hidden, tokens.to(self._weight.device)))
+
+    def _blocks(self, normed: Tensor, block_size: int) -> Iterable[tuple[int, Tensor]]:
+        for start in range(0, self.vocab_size, block_size):
+            yield start, self._postprocess(self._product(normed, slice(start, start + block_size)))
+
+    @torch.no_grad()
+    def topk(self, hidden: Tensor, k: int = 50, block_size: int = 8192) -> Tensor:
+        r"""
+        Ranking of the most likely next tokens at each hidden state, streamed over blocks of the vocabulary: memory is
+        positions x (``k`` + ``block_size``), whatever the size of the vocabulary. Equal logits rank by token id.
+
+        Args:
+
+            hidden (Tensor): Output of a decoder layer, (N, D).
+            k (int, optional): Length of the ranking; at most the size of the vocabulary.
+                        Default: 50
+            block_size (int, optional): Rows of the unembedding used at a time.
+                        Default: 8192
+
+        Returns:
+            *Tensor* (N, min(k, vocabulary)) int64, best first.
+        """
+        if k < 1:
+            raise ValueError(f"k must be at least 1, got {k}.")
+        normed = self.normalize(hidden)
+        best = torch.empty(hidden.shape[0], 0, dtype=torch.int64, device=normed.device)
+        for start, logits in self._blocks(normed, block_size):
+            keys = torch.cat([best, _rank_keys(logits, start)], dim=1)
+            best = keys.topk(min(k, keys.shape[1]), dim=1).values
+        return 0xFFFFFFFF - (best & 0xFFFFFFFF)
+
+    @torch.no_grad()
+    def log_probability(self, hidden: Tensor, tokens: Tensor, block_size: int = 8192) -> Tensor:
+        r"""
+        Log-probability of one token per hidden state, streamed over blocks of the vocabulary.
+
+        Args:
+
+            hidden (Tensor): Output of the last decoder layer, (N, D).
+            tokens (Tensor): Token ids, int64 (N,).
+            block_size (int, optional): Rows of the unembedding used at a time.
+                        Default: 8192
+
+        Returns:
+            *Tensor* (N,) float32, at most 0.
+        """
+        normed = self.normalize(hidden)
+        normalizer = torch.full(normed.shape[:1], -torch.inf, device=normed.device)
+        for _, logits in self._blocks(normed, block_size):
+            normalizer = torch.logaddexp(normalizer, logits.logsumexp(1))
+        rows = self._weight[tokens.to(self._weight.device)].to(device=normed.device, dtype=torch.float32)
+        product = (normed.float() * rows).sum(-1)
+        bias = getattr(self.head, "bias", None)
+        if bias is not None:
+            product = product + bias[tokens.to(bias.device)].to(product)
+        return self._postprocess(product) - normalizer
+
+
+def _rank_keys(logits: Tensor, start: int) -> Tensor:
+    """int64 keys that order by (logit, smaller token id): the order of top-k is then the same on every machine."""
+    # Adding 0.0 turns -0.0 into 0.0, which would otherwise rank below it.
+    bits = (logits.float() + 0.0).view(torch.int32).long()
+    ordered = torch.where(bits >= 0, bits, -(bits & 0x7FFFFFFF))
+    ids = torch.arange(start, start + logits.shape[1], device=logits.device)
+    return (ordered << 32) | (0xFFFFFFFF - ids)
+
+
+class LayerLogitLens(LayerAttribution):
+    r"""
+    Logit-lens activation of target tokens at every position of the output of decoder layers: the base attribution
+    of TAM and of *Explaining multimodal LLMs via intra-modal token interactions* (arXiv 2509.22415),
+
+    .. math::
+        A_c(v) = \max(0, \; g(\mathrm{norm}(h_v) \cdot w_c)).
+
+    It needs one forward pass, no gradients, for any number of targets, and leaves the pass after the deepest layer
+    that is read. The final norm is applied exactly once.
+
+    Args:
+
+        forward_func (Callable or torch.nn.Module): The model, or any function that runs it.
+        layer (torch.nn.Module or list[torch.nn.Module]): Decoder layers whose output is read, such as
+                    ``model.get_decoder().layers[-1]``.
+        lens (LogitLens, optional): The lens of the model behind ``forward_func``.
+                    Default: None, made from ``forward_func``, which must then be a transformers model or a module that
+                    contains exactly one.
+
+    Examples::
+
+        >>> lens = LayerLogitLens(model, model.get_decoder().layers[-1])
+        >>> # (1, number of positions): where the model would say token 42
+        >>> lens.attribute(input_ids, target=42)
+    """
+
+    def __init__(
+        self,
+        forward_func: Callable[..., Any],
+        layer: nn.Module | list[nn.Module],
+        lens: LogitLens | None = None,
+    ) -> None:
+        super().__init__(forward_func, layer)
+        self.lens = lens if lens is not None else LogitLens(find_model(forward_func))
+
+    @property
+    def multiplies_by_inputs(self) -> bool:
+        return False
+
+    @log_usage(part_of_slo=True)
+    def attribute(
+        self,
+        inputs: Tensor | tuple[Tensor, ...],
+        target: int | tuple[int, ...] | list[int] | list[tuple[int, ...]] | Tensor,
+        additional_forward_args: Any = None,
+        relu_attributions: bool = True,
+    ) -> Tensor | tuple[Tensor, ...]:
+        r"""
+        Args:
+
+            inputs (Tensor or tuple[Tensor, ...]): Positional inputs of ``forward_func``; dimension 0 is the batch.
+            target (int, tuple, list or Tensor): Token ids. An int is one token for all examples; a list of ints or a
+                        1-D tensor holds one token per example; a 2-D tensor (B or 1, n) holds n tokens per example. Of
+                        a tuple, which other methods use for (position, token) targets, the last entry is the token.
+            additional_forward_args (Any, optional): Further positional arguments of ``forward_func``.
+                        Default: None
+            relu_attributions (bool, optional): Clip negative activations at 0, as the paper does.
+                        Default: True
+
+        Returns:
+            *Tensor* or *tuple[Tensor, ...]* of **attributions**:
+            - **attributions** (*Tensor* or *tuple[Tensor, ...]*):
+                float32 (B, positions), or (B, n, positions) for a 2-D target; a tuple with one entry per layer where
+                ``layer`` is a list.
+
+        Raises:
+            ValueError: a token id outside the vocabulary, or as many targets as neither 1 nor the batch size.
+        """
+        forward_args = format_tensor_into_tuples(inputs) + (
+            format_additional_forward_args(additional_forward_args) or ()
+        )
+        layers = self.layer if isinstance(self.layer, list) else [self.layer]
+        hidden = run_layers(lambda: self.forward_func(*forward_args), layers)
+        tokens, several = self._tokens(target, hidden[0].shape[0])
+        attributions = []
+        for states in hidden:
+            rows = [self.lens.activation(h, t).T for h, t in zip(states, tokens.expand(len(states), -1), strict=True)]
+            activation = torch.stack(rows) if several else torch.cat(rows)
+            attributions.append(activation.clamp_min(0) if relu_attributions else activation)
+        return tuple(attributions) if isinstance(self.layer, list) else attributions[0]
+
+    def _tokens(self, target: Any, batch: int) -> tuple[Tensor, bool]:
+        """Token ids as (1 or B, n), and whether the caller asked for several per example."""
+        if isinstance(target, tuple):
+            target = target[-1]
+        elif isinstance(target, list):
+            target = [entry[-1] if isinstance(entry, tuple) else entry for entry in target]
+        tokens = torch.as_tensor(target)
+        if tokens.is_floating_point() or tokens.ndim > 2:
+            raise ValueError(
+                f"target must hold integer token ids in at most 2 dimensions, got {tokens.dtype} {tuple(tokens.shape)}."
+            )
+        several = tokens.ndim == 2
+        tokens = tokens if several else tokens.reshape(-1, 1)
+        if tokens.shape[0] not in (1, batch):
+            raise ValueError(
+                f"{tokens.shape[0]} targets for {batch} examples; pass one token, one per example, or a 2-D tensor "
+                "(1 or examples, tokens)."
+            )
+        if tokens.numel() and not 0 <= int(tokens.min()) <= int(tokens.max()) < self.lens.vocab_size:
+            raise ValueError(
+                f"Token ids {int(tokens.min())}..{int(tokens.max())} lie outside the vocabulary of "
+                f"{self.lens.vocab_size}."
+            )
+        return tokens, several
+
+
+def find_model(forward_func: Callable[..., Any]) -> PreTrainedModel:
+    """The transformers model with a language-model head in ``forward_func``: itself, or the one module inside it."""
+    if isinstance(forward_func, nn.Module):
+        for module in forward_func.modules():
+            if isinstance(module, PreTrainedModel) and module.get_output_embeddings() is not None:
+                return module
+    raise TypeError(
+        f"No transformers model with output embeddings found in {type(forward_func).__name__}; pass "
+        "lens=LogitLens(model)."
+    )
+
+
+def select_layers(lens: LogitLens, indices: Sequence[int]) -> list[nn.Module]:
+    """Decoder layers by index, negative ones from the end."""
+    count = len(lens.layers)
+    if bad := [index for index in indices if not -count <= index < count]:
+        raise ValueError(f"Layer indices {bad} do not exist; the decoder has {count} layers.")
+    if not indices:
+        raise ValueError("At least one layer index is needed.")
+    return [lens.layers[index] for index in indices]

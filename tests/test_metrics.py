@@ -1,0 +1,383 @@
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from captum_intramodal import metrics
+from captum_intramodal.metrics import (
+    Interval,
+    bootstrap_interval,
+    energy_inside,
+    f1_iou,
+    function_iou,
+    iou,
+    object_iou,
+    otsu_threshold,
+    paired_bootstrap_difference,
+    pointing_hit,
+)
+
+MASK = torch.tensor([[True, True, False], [False, False, False]])
+
+
+def random_map(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).clamp_min(0)
+
+
+def between_class_variance(values: list[float], lower: list[float], upper: list[float]) -> float:
+    total = sum(values) / len(values)
+    return sum(len(part) / len(values) * (sum(part) / len(part) - total) ** 2 for part in (lower, upper))
+
+
+def slow_otsu(values: list[float], edges: list[float]) -> float:
+    best, threshold = -1.0, math.nan
+    for edge in edges:
+        lower, upper = [x for x in values if x < edge], [x for x in values if x >= edge]
+        variance = between_class_variance(values, lower, upper)
+        if variance > best * (1 + 1e-12):
+            best, threshold = variance, max(lower)
+    return threshold
+
+
+def slow_resize(image: list[list[float]], height: int, width: int) -> list[list[float]]:
+    def at(position: int, new: int, old: int) -> tuple[int, int, float]:
+        centre = min(max((position + 0.5) * old / new - 0.5, 0.0), old - 1.0)
+        left = int(centre)
+        return left, min(left + 1, old - 1), centre - left
+
+    result = []
+    for row in range(height):
+        top, bottom, down = at(row, height, len(image))
+        line = []
+        for column in range(width):
+            left, right, along = at(column, width, len(image[0]))
+            upper = image[top][left] * (1 - along) + image[top][right] * along
+            lower = image[bottom][left] * (1 - along) + image[bottom][right] * along
+            line.append(upper * (1 - down) + lower * down)
+        result.append(line)
+    return result
+
+
+def slow_iou(image: list[list[float]], mask: list[list[bool]], threshold: float) -> float:
+    both = either = 0
+    for values, insides in zip(image, mask, strict=True):
+        for value, inside in zip(values, insides, strict=True):
+            both += value > threshold and inside
+            either += value > threshold or inside
+    return both / either
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_otsu_equals_exhaustive_search(seed: int) -> None:
+    values = random_map(15, 12, seed=seed).flatten()
+    low, high = values.min().item(), values.max().item()
+    edges = [low + (high - low) * k / 256 for k in range(1, 256)]
+    assert otsu_threshold(values) == slow_otsu(values.tolist(), edges)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_otsu_of_integers_equals_search_over_every_split(seed: int) -> None:
+    values = np.random.default_rng(seed).integers(0, 256, size=300)
+    values[:2] = 0, 255
+    assert otsu_threshold(values) == slow_otsu(values.tolist(), list(range(1, 256)))
+
+
+def test_otsu_by_hand() -> None:
+    assert otsu_threshold([0, 0, 0, 1]) == 0
+    assert otsu_threshold([1, 2, 3, 50, 51, 52]) == 3
+    assert otsu_threshold([-5.0, 5.0]) == -5
+    for constant in (0.0, 0.1, -3.0):
+        assert otsu_threshold(np.full((4, 5), constant)) == constant
+    assert otsu_threshold([7.0]) == 7
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_otsu_threshold_is_a_value_that_splits(dtype: torch.dtype) -> None:
+    values = random_map(20, 20).to(dtype)
+    threshold = otsu_threshold(values)
+    assert (values.double() == threshold).any()
+    assert 0 < (values.double() > threshold).sum() < values.numel()
+
+
+@pytest.mark.parametrize(("factor", "offset"), [(4.0, 0.0), (0.001, 0.0), (1e-30, 0.0), (2.0, 3.0)])
+def test_otsu_follows_scale_and_offset(factor: float, offset: float) -> None:
+    values = random_map(200)
+    assert otsu_threshold(values * factor + offset) == pytest.approx(otsu_threshold(values) * factor + offset)
+
+
+def test_iou() -> None:
+    map = torch.tensor([[0.9, 0.2, 0.8], [0.1, 0.5, 0.5]])
+    assert iou(map, MASK, 0.5) == 1 / 3
+    assert iou(map, MASK, 0.49) == 1 / 5
+    assert iou(map, MASK, 1.0) == 0
+    assert iou(map, MASK, -1.0) == 2 / 6
+    assert iou(MASK.float(), MASK, 0.5) == 1
+    assert iou(map.numpy(), MASK.numpy().astype(np.uint8) * 255, 0.5) == 1 / 3
+    assert iou(map.flatten(), MASK.flatten(), 0.5) == 1 / 3
+
+
+@pytest.mark.parametrize(
+    ("shape", "size"), [((7, 7), (28, 28)), ((3, 5), (20, 17)), ((9, 4), (4, 9)), ((6, 6), (6, 6))]
+)
+def test_object_iou_equals_loops(shape: tuple[int, int], size: tuple[int, int]) -> None:
+    map = random_map(*shape, seed=3)
+    mask = random_map(*size, seed=4) > 0.4
+    resized = slow_resize(map.tolist(), *size)
+    values = [value for row in resized for value in row]
+    edges = [min(values) + (max(values) - min(values)) * k / 256 for k in range(1, 256)]
+    assert object_iou(map, mask) == slow_iou(resized, mask.tolist(), slow_otsu(values, edges))
+
+
+@pytest.mark.parametrize("resolution", [1, 2, 8])
+def test_map_equal_to_mask_has_iou_one(resolution: int) -> None:
+    mask = torch.zeros(4, 6, dtype=torch.bool)
+    mask[1:3, 2:5] = True
+    full = mask.repeat_interleave(resolution, 0).repeat_interleave(resolution, 1)
+    assert object_iou(full.float(), full) == 1
+    assert object_iou(~full, full) == 0
+    assert energy_inside(full.float(), full) == 1
+    assert pointing_hit(full.float(), full) == 1
+
+
+@pytest.mark.parametrize("value", [0.0, 0.1, 1 / 3, 7.0])
+def test_constant_maps(value: float) -> None:
+    mask = torch.zeros(35, 41, dtype=torch.bool)
+    mask[3:20, 5:17] = True
+    share = mask.double().mean().item()
+    constant = torch.full((7, 9), value, dtype=torch.float64)
+    assert object_iou(constant, mask) == 0
+    assert pointing_hit(constant, mask) == pytest.approx(share)
+    assert energy_inside(constant, mask) == pytest.approx(share if value else 0)
+
+
+@pytest.mark.parametrize("factor", [1e-6, 0.3, 3.0, 1e6])
+def test_scaling_a_map_changes_nothing(factor: float) -> None:
+    map, mask = random_map(8, 8), random_map(32, 24, seed=1) > 0.5
+    assert object_iou(map * factor, mask) == object_iou(map, mask)
+    assert pointing_hit(map * factor, mask) == pointing_hit(map, mask)
+    assert energy_inside(map * factor, mask) == pytest.approx(energy_inside(map, mask))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_dtypes_and_arrays(dtype: torch.dtype) -> None:
+    map, mask = random_map(8, 8).to(dtype).requires_grad_(), random_map(32, 24, seed=1) > 0.5
+    for metric in (object_iou, pointing_hit, energy_inside):
+        result = metric(map, mask)
+        assert type(result) is float
+        array = map.detach().float().numpy()
+        array.flags.writeable = False
+        assert result == metric(array, mask.numpy())
+        assert metric(array[::-1], mask.numpy()[::-1]) == pytest.approx(result)
+
+
+def test_pointing() -> None:
+    map = torch.tensor([[0.0, 2.0, 1.0], [0.0, 0.0, 0.0]])
+    assert pointing_hit(map, MASK) == 1
+    assert pointing_hit(map.flip(0), MASK) == 0
+    assert pointing_hit(torch.tensor([[2.0, 2.0, 2.0], [0.0, 0.0, 1.0]]), MASK) == pytest.approx(2 / 3)
+    corner = torch.zeros(4, 4)
+    corner[0, 0] = 1
+    mask = torch.zeros(32, 32, dtype=torch.bool)
+    mask[:8, :8] = True
+    assert pointing_hit(corner, mask) == 1
+    # The resized peak is a plateau of 4 x 4 pixels in the corner.
+    mask[:, 2:] = False
+    assert pointing_hit(corner, mask) == 0.5
+
+
+@pytest.mark.parametrize("value", [0.1, 0.3, 0.7])
+def test_rounding_of_the_resize_does_not_break_ties(value: float) -> None:
+    map = torch.zeros(5, 6, dtype=torch.float64)
+    map[1:4, 1:5] = value
+    mask = torch.zeros(48, 41, dtype=torch.bool)
+    mask[:24] = True
+    plateau = torch.tensor(slow_resize((map / value).tolist(), 48, 41), dtype=torch.float64) > 1 - 1e-9
+    assert pointing_hit(map, mask) == pytest.approx(plateau[:24].sum().item() / plateau.sum().item())
+
+
+def test_energy() -> None:
+    assert energy_inside(torch.tensor([[1.0, 2.0, 3.0], [0.0, 0.0, 6.0]]), MASK) == pytest.approx(3 / 12)
+    map, mask = random_map(5, 4), random_map(13, 9, seed=1) > 0.5
+    resized = slow_resize(map.tolist(), 13, 9)
+    inside = sum(resized[r][c] for r in range(13) for c in range(9) if mask[r, c])
+    assert energy_inside(map, mask) == pytest.approx(inside / sum(sum(row) for row in resized))
+
+
+def test_function_iou() -> None:
+    maps = torch.tensor([[[1.0, 2.0], [3.0, 4.0]], [[0.0, 0.0], [0.0, 2.5]]])
+    assert function_iou(maps, [1.0, 4.0]) == 5 / 8
+    assert function_iou(maps[0], torch.tensor([2.5])) == 0.5
+    assert function_iou(maps, [10.0]) == 1
+    assert function_iou(torch.zeros(3, 5), [0.0]) == 0
+    many = random_map(4, 6, 5)
+    by_token = [sum(value < 0.5 for row in token for value in row) / 30 for token in many.tolist()]
+    assert function_iou(many, [0.2, 0.8]) == pytest.approx(sum(by_token) / 4)
+    assert function_iou(many * 9, [0.2 * 9, 0.8 * 9]) == function_iou(many, [0.2, 0.8])
+
+
+def test_f1() -> None:
+    assert f1_iou([0.5], [0.5]) == 0.5
+    assert f1_iou([0.25, 0.75], [0.0, 1.0, 0.5]) == 0.5
+    assert f1_iou([0.0], [0.0]) == 0
+    assert f1_iou([0.0], [1.0]) == 0
+    # TAM's published rows: the F1 of the two means.
+    for obj, func, f1 in ((0.2123, 0.5193, 0.3014), (0.2241, 0.6903, 0.3384), (0.2737, 0.6844, 0.3910)):
+        assert float(f1_iou([obj], [func])) == pytest.approx(f1, abs=1e-4)
+    rows = np.random.default_rng(0).random((2, 6, 5))
+    expected = [float(f1_iou(obj, func)) for obj, func in zip(*rows, strict=True)]
+    assert f1_iou(rows[0], rows[1]) == pytest.approx(expected)
+    assert f1_iou(rows[0].T, rows[1].T, axis=0) == pytest.approx(expected)
+
+
+def test_f1_counts_words() -> None:
+    obj_words, func_words = [0.2, 0.4, 0.9], [0.5, 0.1, 0.3, 0.7]
+    expected = f1_iou(obj_words, func_words)
+    result = f1_iou([(0.2 + 0.4) / 2, 0.9, 0.0], [0.0, 0.3, (0.5 + 0.1 + 0.7) / 3], [2, 1, 0], [0, 1, 3])
+    assert result == pytest.approx(expected)
+
+
+def slow_bootstrap(
+    values: np.ndarray[Any, Any], statistic: Callable[[np.ndarray[Any, Any]], float], n: int, seed: int
+) -> tuple[float, float]:
+    rows = np.random.default_rng(seed).integers(len(values), size=(n, len(values)))
+    results = sorted(statistic(values[row]) for row in rows)
+
+    def quantile(share: float) -> float:
+        position = share * (n - 1)
+        below = int(position)
+        above = min(below + 1, n - 1)
+        return results[below] + (position - below) * (results[above] - results[below])
+
+    return quantile(0.025), quantile(0.975)
+
+
+def test_bootstrap_equals_loops() -> None:
+    values = np.random.default_rng(5).random(30)
+
+    def slow_mean(rows: np.ndarray[Any, Any]) -> float:
+        return float(sum(rows) / len(rows))
+
+    def slow_median(rows: np.ndarray[Any, Any]) -> float:
+        ordered = sorted(rows)
+        return float(ordered[14] + ordered[15]) / 2
+
+    statistics: list[tuple[Callable[..., Any], Callable[..., float]]] = [(np.mean, slow_mean), (np.median, slow_median)]
+    for vectorised, slow in statistics:
+        interval = bootstrap_interval(values, vectorised, n=400, seed=1)
+        assert interval[1:] == pytest.approx(slow_bootstrap(values, slow, 400, 1))
+        assert interval.estimate == pytest.approx(slow(values))
+
+
+def test_bootstrap_of_several_columns() -> None:
+    values = np.random.default_rng(6).random((25, 2))
+
+    def slow(rows: np.ndarray[Any, Any]) -> float:
+        obj, func = sum(rows[:, 0]) / len(rows), sum(rows[:, 1]) / len(rows)
+        return float(2 * obj * func / (obj + func))
+
+    interval = bootstrap_interval(torch.from_numpy(values), f1_iou, n=300, seed=2)
+    assert interval[1:] == pytest.approx(slow_bootstrap(values, slow, 300, 2))
+    counted = np.column_stack([values, np.ones((25, 2))])
+    assert bootstrap_interval(counted, f1_iou, n=300, seed=2) == pytest.approx(interval)
+
+
+def test_bootstrap_of_a_constant() -> None:
+    assert bootstrap_interval(np.full(8, 0.5)) == Interval(0.5, 0.5, 0.5)
+    assert bootstrap_interval([0.1] * 7) == pytest.approx((0.1, 0.1, 0.1))
+    assert bootstrap_interval([3.0]) == (3, 3, 3)
+
+
+def test_bootstrap_level_seed_and_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    values = np.random.default_rng(7).random(40)
+    wide, narrow = bootstrap_interval(values, level=0.99), bootstrap_interval(values, level=0.5)
+    assert wide.low < narrow.low < values.mean() < narrow.high < wide.high
+    assert bootstrap_interval(values, seed=3) == bootstrap_interval(values, seed=np.random.default_rng(3))
+    assert bootstrap_interval(values, seed=3) != bootstrap_interval(values, seed=4)
+    expected = bootstrap_interval(values, n=101, seed=3)
+    monkeypatch.setattr(metrics, "_RESAMPLED_VALUES", 400)
+    assert bootstrap_interval(values, n=101, seed=3) == pytest.approx(expected)
+
+
+def test_bootstrap_covers_the_mean() -> None:
+    generator = np.random.default_rng(8)
+    hits = 0
+    for _ in range(200):
+        interval = bootstrap_interval(generator.normal(size=60), n=400, seed=generator)
+        hits += interval.low <= 0 <= interval.high
+    assert 0.88 <= hits / 200 <= 0.99
+
+
+def test_paired_difference() -> None:
+    generator = np.random.default_rng(9)
+    hard = generator.random(50)
+    first, second = hard + 0.05 + 0.01 * generator.random(50), hard
+    interval = paired_bootstrap_difference(first, second, n=500, seed=1)
+    assert interval == pytest.approx(bootstrap_interval(first - second, n=500, seed=1))
+    assert interval.low > 0
+    assert paired_bootstrap_difference(first, first) == (0, 0, 0)
+    columns = generator.random((2, 50, 2))
+    forth = paired_bootstrap_difference(columns[0], columns[1], f1_iou, n=500)
+    back = paired_bootstrap_difference(columns[1], columns[0], f1_iou, n=500)
+    assert forth == pytest.approx((-back.estimate, -back.high, -back.low))
+
+
+@pytest.mark.parametrize("metric", [object_iou, pointing_hit, energy_inside, lambda map, mask: iou(map, mask, 0.5)])
+def test_map_and_mask_errors(metric: Callable[[Any, Any], float]) -> None:
+    map = torch.rand(2, 3)
+    with pytest.raises(ValueError, match=r"mask of shape \(2, 3\) has no cell inside"):
+        metric(map, torch.zeros(2, 3, dtype=torch.bool))
+    with pytest.raises(ValueError, match=r"mask of shape \(0, 3\) has no cell inside"):
+        metric(map, torch.zeros(0, 3, dtype=torch.bool))
+    with pytest.raises(ValueError, match="map holds NaN or infinity in 6 of 6"):
+        metric(map * math.nan, MASK)
+    with pytest.raises(ValueError, match=r"map is empty.*\(0, 3\)"):
+        metric(map[:0], MASK)
+    with pytest.raises(ValueError, match=r"boolean or integer.*float32"):
+        metric(map, MASK.float())
+    with pytest.raises(ValueError, match=r"\(2, 3\) and \(1, 2, 3\)"):
+        metric(map, MASK[None])
+
+
+def test_other_errors() -> None:
+    with pytest.raises(ValueError, match=r"\(2, 2\) and \(2, 3\)"):
+        iou(torch.rand(2, 2), MASK, 0.5)
+    with pytest.raises(ValueError, match="threshold is NaN"):
+        iou(torch.rand(2, 3), MASK, math.nan)
+    with pytest.raises(ValueError, match=r"non-negative.*-2"):
+        energy_inside(torch.full((2, 3), -2.0), MASK)
+    with pytest.raises(ValueError, match="values is empty"):
+        otsu_threshold([])
+    with pytest.raises(ValueError, match="1 of 2"):
+        otsu_threshold([1.0, math.inf])
+    with pytest.raises(ValueError, match="noun_thresholds is empty"):
+        function_iou(torch.rand(2, 3), [])
+    with pytest.raises(ValueError, match="func holds NaN or infinity in 1 of 2"):
+        f1_iou([0.5], [0.5, math.nan])
+    with pytest.raises(ValueError, match=r"obj_words must have one shape.*\(2,\) and \(1,\)"):
+        f1_iou([0.5, 0.5], [0.5], obj_words=[1])
+    with pytest.raises(ValueError, match=r"func_words.*smallest sum 0"):
+        f1_iou([0.5], [0.5], func_words=[0])
+
+
+def test_bootstrap_errors() -> None:
+    with pytest.raises(ValueError, match="values is empty"):
+        bootstrap_interval([])
+    with pytest.raises(ValueError, match="values holds NaN or infinity in 1 of 2"):
+        bootstrap_interval([0.5, math.nan])
+    with pytest.raises(ValueError, match=r"\(2, 2, 2\)"):
+        bootstrap_interval(np.zeros((2, 2, 2)))
+    with pytest.raises(ValueError, match="n must be positive, but it is 0"):
+        bootstrap_interval([1.0], n=0)
+    with pytest.raises(ValueError, match="between 0 and 1, but it is 95"):
+        bootstrap_interval([1.0], level=95)
+    with pytest.raises(ValueError, match=r"returned \(\)"):
+        bootstrap_interval([1.0, 2.0], lambda x, axis: x.mean())
+    with pytest.raises(ValueError, match="not finite in"), np.errstate(invalid="ignore"):
+        bootstrap_interval([[0.0, 0.0], [1.0, 1.0]], lambda x, count, axis: x.sum(axis) / count.sum(axis))
+    with pytest.raises(ValueError, match=r"\(2, 1\) and \(3, 1\)"):
+        paired_bootstrap_difference([1.0, 2.0], [1.0, 2.0, 3.0])
