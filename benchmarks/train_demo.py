@@ -118,7 +118,7 @@ def build_model(tokenizer: PreTrainedTokenizerFast) -> Qwen2VLForConditionalGene
         num_attention_heads=6,
         num_key_value_heads=3,
         max_position_embeddings=4096,
-        rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 6, 6]},
+        rope_parameters={"rope_type": "default", "rope_theta": 20.0, "mrope_section": [4, 6, 6]},
         bos_token_id=None,
         eos_token_id=token("<|im_end|>"),
         pad_token_id=token("<pad>"),

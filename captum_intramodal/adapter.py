@@ -56,7 +56,7 @@ class ModelAdapter:
         TypeError: not a generating transformers model, or a processor without tokenizer or image processor.
     """
 
-    def __init__(self, model: PreTrainedModel, processor: Any) -> None:
+    def __init__(self, model: Any, processor: Any) -> None:
         if (
             not isinstance(model, torch.nn.Module)
             or not hasattr(model, "get_decoder")
@@ -69,7 +69,7 @@ class ModelAdapter:
                 "and an image processor); load it with AutoProcessor.from_pretrained. A text-only model has no picture "
                 "to explain."
             )
-        self.model = model
+        self.model: Any = model
         self.processor = processor
         self.tokenizer = processor.tokenizer
 
@@ -80,7 +80,8 @@ class ModelAdapter:
     @property
     def device(self) -> torch.device:
         """Where the model wants its inputs."""
-        return self.model.get_input_embeddings().weight.device
+        device: torch.device = self.model.get_input_embeddings().weight.device
+        return device
 
     def prompt_text(self, prompt: Prompt, n_images: int) -> str:
         """The prompt as the model reads it: in its chat template where it has one, with a placeholder per picture."""
@@ -108,32 +109,33 @@ class ModelAdapter:
 
     def run(self, inputs: Mapping[str, Any]) -> Any:
         """One forward pass with the processor's inputs, in the model's dtype; keeps no cache."""
+        return self.model(**self._cast(inputs), use_cache=False)
+
+    def _cast(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
         dtype = self.model.dtype
-        cast = {
+        return {
             key: value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
             for key, value in inputs.items()
         }
-        return self.model(**cast, use_cache=False)
 
     @torch.no_grad()
     def generate(self, inputs: Mapping[str, Any], max_new_tokens: int = 128) -> list[int]:
         """Greedy answer as token ids, without the tokens that end it."""
-        length = inputs["input_ids"].shape[1]
-        dtype = self.model.dtype
-        cast = {k: v.to(dtype) if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in inputs.items()}
+        prompt_ids = inputs["input_ids"][0]
+        placeholders = prompt_ids[visual_positions(self.model, prompt_ids)].unique().tolist()
         output = self.model.generate(
-            **cast,
+            **self._cast(inputs),
             max_new_tokens=max_new_tokens,
             do_sample=False,
             num_beams=1,
             temperature=None,
             top_p=None,
             top_k=None,
-            # A placeholder in the answer would ask for the features of one more picture.
-            suppress_tokens=inputs["input_ids"][0, visual_positions(self.model, inputs["input_ids"][0])].unique().tolist(),
+            # In the answer they would ask for the features of one more picture.
+            suppress_tokens=placeholders,
             pad_token_id=self._pad_token_id,
         )
-        return self._strip_end(output[0, length:].tolist())
+        return self._strip_end(output[0, len(prompt_ids) :].tolist())
 
     @property
     def _pad_token_id(self) -> int | None:

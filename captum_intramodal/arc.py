@@ -225,7 +225,7 @@ class ActivationRankingCorrelation(Attribution):
         self.attribution_method = attribution_method
         if model is None and attribution_method is not None:
             model = getattr(attribution_method, "lens", None) or find_model(attribution_method.forward_func)
-        self.lens = model if isinstance(model, LogitLens) else LogitLens(model)  # type: ignore[arg-type]
+        self.lens = model if isinstance(model, LogitLens) else LogitLens(model)
         self.model = model if isinstance(model, PreTrainedModel) else None
         self.layers = tuple(layers)
         self.modules = select_layers(self.lens, self.layers)
@@ -286,8 +286,8 @@ class ActivationRankingCorrelation(Attribution):
             raise ValueError("context needs a transformers model (model=) and inputs with 'input_ids'.")
         if ids.ndim != 2 or ids.shape[0] != 1:
             raise ValueError(f"context works on one example, got input_ids of shape {tuple(ids.shape)}.")
-        positions = check_positions(positions, ids.shape[1])
-        return self._context(lambda: self.model(**inputs), positions, ids[0].cpu()[positions])  # type: ignore[misc]
+        positions, model = check_positions(positions, ids.shape[1]), self.model
+        return self._context(lambda: model(**inputs), positions, ids[0].cpu()[positions])
 
     def _context(self, forward: Callable[[], Any], positions: Tensor, tokens: Tensor) -> ContextRelevance:
         # The position before each token too, for rankings at the prediction; the very first token has none.

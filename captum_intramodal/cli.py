@@ -121,7 +121,7 @@ def _explain(
                 arc=not no_arc,
                 max_new_tokens=max_new_tokens,
                 progress=status.update,
-                **({} if factors is None else {"scales": factors}),
+                scales=captum_intramodal.DEFAULT_SCALES if factors is None else factors,
             )
             status.update("Drawing")
             _write(out, explanation, draw_overview)

@@ -121,7 +121,7 @@ class Explanation:
             image (int, optional): Which picture.
                         Default: 0
             normalize (str, optional): What becomes 1: the largest value of this map (``'token'``), or of all the
-                        answer's and prompt's maps (``'answer'``), so that words without visual evidence stay dark.
+                        answer's maps (``'answer'``), so that words without visual evidence stay dark.
                         Default: ``'token'``
 
         Returns:
@@ -139,7 +139,7 @@ class Explanation:
             # The largest over all pictures: of two pictures the one that matters less stays darker.
             largest = max(float(maps[self._rows(index, part)].mean(0).max()) for maps in self.maps)
         else:
-            largest = max(float(maps.max()) for maps in self.maps)
+            largest = max(float(maps[self._prompt_count :].max()) for maps in self.maps)
         if size is None:
             width, height = self.images[image].size
             size = (height, width)

@@ -82,13 +82,14 @@ class LogitLens:
     def _weight(self) -> Tensor:
         return cast(Tensor, self.head.weight)
 
+    @torch.no_grad()
     def _calibrate(self, model: PreTrainedModel, inputs: Mapping[str, Any] | None) -> None:
         """Finds the factor or soft cap between ``norm(h) . w`` and the model's own logits."""
         if inputs is None:
             device = model.get_input_embeddings().weight.device
             inputs = {"input_ids": torch.tensor([[3, 1, 4, 2]], device=device)}
         last = self.layers[-1]
-        with torch.no_grad(), capture_outputs([last], lambda hidden: hidden[:, -1]) as hidden:
+        with capture_outputs([last], lambda hidden: hidden[:, -1]) as hidden:
             logits = model(**inputs).logits[0, -1].float()
         if last not in hidden:
             raise ValueError(f"The last decoder layer of {type(model).__name__} did not run in its forward pass.")

@@ -87,7 +87,7 @@ class Scene:
     def mask_of(self, name: str) -> np.ndarray:
         """Union of the visible masks of all objects of a class, bool (height, width)."""
         indices = [i for i, item in enumerate(self.objects) if item.name == name]
-        return self.masks[indices].any(0)
+        return np.asarray(self.masks[indices].any(0))
 
     @property
     def description(self) -> str:

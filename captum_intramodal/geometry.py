@@ -1,0 +1,841 @@
+r"""Which box of the original picture each visual token stands for: measured on the model, not looked up per family.
+
+Three experiments, none of which knows the model's architecture:
+
+1. *Coordinate probe.* The model's own processor runs on synthetic pictures (black, white, a ramp and two waves per
+   axis). What each element of its pixel tensors becomes tells which point of the picture that element samples, in
+   whatever layout: flattened patches, tiles, thumbnails, channels first or last.
+2. *Sweep.* Pixel elements are changed strip by strip, and the visual tokens that differ at the input of decoder layer
+   0 are those that see the strip. The vision tower's attention blocks are replaced by the identity meanwhile; what
+   remains (patch embedding, merging, pooling, projection) is local, and an untouched input gives a bit-identical
+   output. A bisection finds the edges of all tokens at once, see :func:`_edges`.
+3. *Oracle.* :func:`geometry_oracle` checks a geometry with small changes of the picture itself.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+__all__ = [
+    "TokenGeometry",
+    "cached_geometry",
+    "geometry_key",
+    "geometry_oracle",
+    "measure_geometry",
+    "visual_positions",
+]
+
+Prepare = Callable[[list[Image.Image]], Mapping[str, Any]]
+Size = tuple[int, int]
+
+IMAGE_TOKEN_ATTRIBUTES = ("image_token_id", "image_token_index", "image_patch_id")
+
+# Edges are found to this many pixels of the original picture.
+PRECISION = 0.5
+# A token that spans this fraction of what its picture's tokens see, in both directions, may be a global one.
+GLOBAL_SPAN = 0.95
+CACHE_SIZE = 128
+# Elements that pass on less than this fraction of the picture's contrast count as padding.
+MIN_GAIN = 0.25
+
+_CHUNKS = 32
+
+
+@dataclass(frozen=True)
+class TokenGeometry:
+    r"""Where the visual tokens of one model input lie in the original pictures.
+
+    V is the number of visual positions; every attribute lists them as they stand in the decoder sequence.
+
+    Attributes:
+        boxes (Tensor): x0, y0, x1, y1 in pixels of the original picture; a row of NaN where the token has no box.
+            float32, shape: V x 4.
+        kinds (tuple of str): ``'local'``: sees the part of the picture in its box, which may be all of it (a thumbnail
+            of one token). ``'global'``: sees the picture as a whole, through pixels it shares with other tokens or
+            through attention only. ``'padding'``: sees only what the processor padded. ``'separator'``: sees nothing.
+        image_index (Tensor): the picture each token belongs to; tokens that see none belong to the picture of the
+            nearest token that does. int64, shape: V.
+        image_sizes (tuple): (width, height) of every picture in pixels.
+
+    Examples::
+
+        >>> geometry = TokenGeometry(
+        ...     torch.tensor([[0.0, 0, 32, 20], [32, 0, 64, 20]]), ("local",) * 2, torch.tensor([0, 0]), ((64, 20),)
+        ... )
+        >>> geometry.token_size
+        (32.0, 20.0)
+        >>> geometry.coverage()
+        (0.0, 0.0, 64.0, 20.0)
+    """
+
+    boxes: Tensor
+    kinds: tuple[str, ...]
+    image_index: Tensor
+    image_sizes: tuple[Size, ...]
+
+    @property
+    def is_local(self) -> Tensor:
+        """Boolean, shape: V; true where the token has a box."""
+        return torch.tensor([kind == "local" for kind in self.kinds], dtype=torch.bool)
+
+    @property
+    def token_size(self) -> tuple[float, float]:
+        """Median width and height of the local tokens' boxes in pixels; NaN without local tokens."""
+        boxes = self.boxes[self.is_local]
+        if len(boxes) == 0:
+            return math.nan, math.nan
+        width, height = (boxes[:, 2:] - boxes[:, :2]).median(dim=0).values.tolist()
+        return width, height
+
+    def coverage(self, image: int = 0) -> tuple[float, float, float, float]:
+        r"""The rectangle of a picture that its tokens see; what lies outside (a centre crop's margins) no token sees.
+
+        Args:
+            image (int): Index of the picture.
+                        Default: 0
+
+        Returns:
+            **rectangle** (*tuple of float*):
+                x0, y0, x1, y1 in pixels; all NaN if no local token belongs to the picture.
+        """
+        if not 0 <= image < len(self.image_sizes):
+            raise ValueError(f"There is no picture {image}; the geometry has {len(self.image_sizes)}.")
+        boxes = self.boxes[self.is_local & (self.image_index == image)]
+        if len(boxes) == 0:
+            return (math.nan,) * 4
+        x0, y0 = boxes[:, :2].amin(dim=0).tolist()
+        x1, y1 = boxes[:, 2:].amax(dim=0).tolist()
+        return x0, y0, x1, y1
+
+
+def visual_positions(model: PreTrainedModel, input_ids: Tensor) -> Tensor:
+    r"""Positions of the decoder sequence that hold visual tokens.
+
+    Args:
+
+        model (PreTrainedModel): An image-text-to-text model whose config names its image placeholder token.
+        input_ids (Tensor): Token ids of one example, with the placeholders expanded by the processor. Shape: T or
+                    1 x T.
+
+    Returns:
+        **positions** (*Tensor*):
+            int64, shape: V, on the device of ``input_ids``.
+
+    Raises:
+        ValueError: several examples, a config without placeholder id, or a sequence without placeholders.
+    """
+    if input_ids.ndim == 2 and input_ids.shape[0] == 1:
+        input_ids = input_ids[0]
+    if input_ids.ndim != 1:
+        raise ValueError(f"Expected the token ids of one example, got shape {tuple(input_ids.shape)}.")
+    ids = (getattr(model.config, name, None) for name in IMAGE_TOKEN_ATTRIBUTES)
+    token_id = next((i for i in ids if isinstance(i, int)), None)
+    if token_id is None:
+        raise ValueError(
+            f"The config of {type(model).__name__} names no image placeholder ({', '.join(IMAGE_TOKEN_ATTRIBUTES)}); "
+            "set model.config.image_token_id to the id that the processor repeats for every visual token."
+        )
+    positions = (input_ids == token_id).nonzero().flatten()
+    if len(positions) == 0:
+        raise ValueError(
+            f"No image placeholder (id {token_id}) among the {len(input_ids)} input ids; the prompt needs one for "
+            "every picture, and config and processor must agree on its id."
+        )
+    return positions
+
+
+# --------------------------------------------------------------------------------------------- borrowing the model
+
+
+class _LayerReached(Exception):
+    """Leaves a forward pass at the input of decoder layer 0."""
+
+
+def _decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
+    decoder = model.get_decoder()
+    layers = getattr(decoder, "layers", None)
+    if isinstance(layers, nn.ModuleList):
+        return layers
+    depth = getattr(model.config.get_text_config(decoder=True), "num_hidden_layers", None)
+    for _, module in decoder.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module) == depth:
+            return module
+    raise TypeError(f"The decoder of {type(model).__name__} has no list of {depth} layers, so its input is unknown.")
+
+
+def _hidden_argument(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    return args[0] if args else kwargs.get("hidden_states", kwargs.get("hidden_state"))
+
+
+def _layer0_input(model: PreTrainedModel, inputs: Mapping[str, Any]) -> Tensor:
+    """Hidden states that enter decoder layer 0, shape T x D; nothing after that point is computed."""
+    captured: list[Tensor] = []
+
+    def stop(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        captured.append(_hidden_argument(args, kwargs))
+        raise _LayerReached
+
+    handle = _decoder_layers(model)[0].register_forward_pre_hook(stop, with_kwargs=True)
+    try:
+        model(**inputs, use_cache=False)
+    except _LayerReached:
+        pass
+    finally:
+        handle.remove()
+    if not captured:
+        raise TypeError(f"The forward pass of {type(model).__name__} never reached its first decoder layer.")
+    # Gemma 3n stacks several streams in front of the batch; the first one holds the embeddings.
+    return captured[0].reshape(-1, *captured[0].shape[-2:])[0]
+
+
+@contextmanager
+def _evaluation(model: PreTrainedModel) -> Iterator[None]:
+    """Evaluation mode without gradients; training flags and random state are given back."""
+    training = [(module, module.training) for module in model.modules()]
+    devices = {parameter.device for parameter in model.parameters() if parameter.device.type == "cuda"}
+    model.eval()
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=list(devices)):
+            yield
+    finally:
+        for module, flag in training:
+            module.training = flag
+
+
+def _attention_blocks(model: PreTrainedModel) -> list[nn.Module]:
+    decoder = set(_decoder_layers(model).modules())
+    lists = [m for m in model.modules() if isinstance(m, nn.ModuleList) and m not in decoder]
+    return [
+        block
+        for block in dict.fromkeys(block for blocks in lists for block in blocks)
+        if block not in decoder
+        and any("attention" in (name := type(m).__name__.lower()) or "attn" in name for m in block.modules())
+    ]
+
+
+@contextmanager
+def _bypassed_attention(model: PreTrainedModel, inputs: Mapping[str, Any]) -> Iterator[None]:
+    """Turns every shape-preserving attention block outside the decoder's layers into the identity.
+
+    The blocks' forward is replaced, as a hook would still pay for the block, and transformers' recorder of hidden
+    states would not see what a later hook returns.
+    """
+    length: dict[nn.Module, int | None] = {}
+
+    def watch(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        hidden = _hidden_argument(args, kwargs)
+        result = output[0] if isinstance(output, tuple) else output
+        if isinstance(hidden, Tensor) and isinstance(result, Tensor) and hidden.shape == result.shape:
+            length[module] = len(output) if isinstance(output, tuple) else None
+
+    def identity(size: int | None, *args: Any, **kwargs: Any) -> Any:
+        hidden = _hidden_argument(args, kwargs)
+        return hidden if size is None else (hidden, *[None] * (size - 1))
+
+    handles = [block.register_forward_hook(watch, with_kwargs=True) for block in _attention_blocks(model)]
+    try:
+        _layer0_input(model, inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+
+    # accelerate and others keep a forward of their own on the instance, which must come back as it was.
+    own = {block: vars(block).get("forward") for block in length}
+    try:
+        for block, size in length.items():
+            vars(block)["forward"] = partial(identity, size)
+        yield
+    finally:
+        for block, forward in own.items():
+            if forward is None:
+                vars(block).pop("forward", None)
+            else:
+                vars(block)["forward"] = forward
+
+
+# ------------------------------------------------------------------------------------------------ coordinate probe
+
+
+def _gray(rows: np.ndarray, columns: np.ndarray) -> Image.Image:
+    """Gray picture with the values (0 to 255) that vary along one of the axes."""
+    values = np.broadcast_to(rows[:, None] + columns[None, :], (len(rows), len(columns)))
+    return Image.fromarray(np.rint(values).clip(0, 255).astype(np.uint8)).convert("RGB")
+
+
+def _wave_period(length: int) -> float:
+    """Long against the sampling pitch of any processor, short enough that 8 bits resolve a fraction of a pixel."""
+    return max(64.0, length / 8)
+
+
+@dataclass(frozen=True)
+class _Pixels:
+    """What the elements of one of the processor's pixel tensors sample.
+
+    ``lower`` and ``upper`` are the element's extent in pixels of its picture along x and y (2 x elements); ``gain`` is
+    its change from black to white, 0 for padding; ``owner`` is the picture's index.
+    """
+
+    shape: torch.Size
+    lower: Tensor
+    upper: Tensor
+    gain: Tensor
+    owner: Tensor
+
+
+def _spacing(coordinates: Tensor, length: float) -> Tensor:
+    """Distance of every element to the nearest element with another coordinate next to it in memory.
+
+    The smaller of the distances to the previous and to the next run of equal coordinates is the sampling pitch in any
+    layout that keeps rows or columns of pixels together; the jumps between rows, channels and tiles are larger.
+    """
+    new = torch.cat([torch.ones(1, dtype=torch.bool), coordinates.diff().abs() > 0.02])
+    runs = coordinates[new]
+    gaps = torch.cat([torch.tensor([length]), runs.diff().abs(), torch.tensor([length])])
+    nearest = torch.minimum(gaps[:-1], gaps[1:]).clamp_max(length)
+    return nearest[new.cumsum(0) - 1]
+
+
+def _probe_pixels(prepare: Prepare, sizes: Sequence[Size]) -> dict[str, _Pixels]:
+    """Coordinate probe: extent, gain and picture of every element of every float tensor that shows the pictures."""
+
+    def constant(levels: Sequence[float]) -> dict[str, Tensor]:
+        pictures = [_gray(np.full(h, v), np.zeros(w)) for (w, h), v in zip(sizes, levels, strict=True)]
+        return run(pictures)
+
+    def pattern(axis: int, profile_of: Callable[[np.ndarray, int], np.ndarray]) -> dict[str, Tensor]:
+        pictures = []
+        for size in sizes:
+            profile = profile_of(np.arange(size[axis]) + 0.5, size[axis])
+            zeros = np.zeros(size[1 - axis])
+            pictures.append(_gray(zeros, profile) if axis == 0 else _gray(profile, zeros))
+        return run(pictures)
+
+    def run(pictures: list[Image.Image]) -> dict[str, Tensor]:
+        inputs = prepare(pictures)
+        return {k: v.float().cpu() for k, v in inputs.items() if isinstance(v, Tensor) and v.is_floating_point()}
+
+    black, white = constant([0.0] * len(sizes)), constant([255.0] * len(sizes))
+    gains: dict[str, Tensor] = {}
+    for key, low in black.items():
+        high = white.get(key)
+        if high is None or high.shape != low.shape:
+            raise ValueError(
+                f"The processor returns {key!r} of shape {tuple(low.shape)} for black pictures and "
+                f"{None if high is None else tuple(high.shape)} for white ones of the same sizes {list(sizes)}; it "
+                "crops by content, so its tokens have no fixed boxes."
+            )
+        gain = torch.where((high - low).isfinite(), high - low, 0.0).flatten()
+        # Where a resize mixes picture and padding, 8 bits no longer resolve the picture's share.
+        gain = gain.masked_fill(gain.abs() < MIN_GAIN * gain.abs().max(), 0.0)
+        if bool((gain != 0).any()):
+            gains[key] = gain
+    if not gains:
+        shapes = {key: tuple(value.shape) for key, value in black.items()}
+        raise ValueError(
+            f"None of the processor's {len(shapes)} float tensors {shapes} differs between black and white pictures: "
+            "it normalises every picture by its own contrast, or prepare ignores the pictures it is given."
+        )
+
+    def level(results: Mapping[str, Tensor], key: str) -> Tensor:
+        result = results.get(key)
+        if result is None or result.shape != black[key].shape:
+            raise ValueError(f"The shape of the processor's {key!r} depends on the picture's content; no fixed boxes.")
+        return torch.where(gains[key] != 0, (result - black[key]).flatten() / gains[key], 0.0)
+
+    owners = {key: torch.zeros(len(gain), dtype=torch.int64) for key, gain in gains.items()}
+    for i in range(1, len(sizes)):
+        single = constant([255.0 if j == i else 0.0 for j in range(len(sizes))])
+        for key in gains:
+            owners[key][level(single, key) > 0.5] = i
+
+    extents: dict[str, list[tuple[Tensor, Tensor]]] = {key: [] for key in gains}
+    for axis in (0, 1):
+        lengths = torch.tensor([float(size[axis]) for size in sizes])
+        # The ramp tells which period of the wave a point lies in, and the wave's phase where: 8 bits resolve a fraction
+        # of a pixel this way, and a resize that dampens the wave does not shift its phase.
+        periods = torch.tensor([_wave_period(size[axis]) for size in sizes])
+        ramp = pattern(axis, lambda t, n: 255 * t / n)
+        sine = pattern(axis, lambda t, n: 127.5 + 127.5 * np.sin(2 * np.pi * t / _wave_period(n)))
+        cosine = pattern(axis, lambda t, n: 127.5 + 127.5 * np.cos(2 * np.pi * t / _wave_period(n)))
+        for key, gain in gains.items():
+            length, period = lengths[owners[key]], periods[owners[key]]
+            coarse = level(ramp, key) * length
+            phase = torch.atan2(level(sine, key) - 0.5, level(cosine, key) - 0.5) / (2 * math.pi) * period
+            position = coarse + torch.remainder(phase - coarse + period / 2, period) - period / 2
+            seen = gain != 0
+            if bool(((position < -period / 4) | (position > length + period / 4))[seen].any()):
+                raise ValueError(
+                    f"The processor's {key!r} does not follow the picture's brightness linearly, so the pixels that "
+                    "its elements sample cannot be told; does it normalise every picture by its own contrast?"
+                )
+            half = torch.zeros_like(position)
+            half[seen] = _spacing(position[seen], float(lengths.max())) / 2
+            lower, upper = position - half, position + half
+            # A resampling filter is cut off at the picture's border, which pulls the outermost elements inwards.
+            slack = half.clamp_min(0.5)
+            lower = torch.where(lower < slack, 0.0, lower)
+            upper = torch.where(upper > length - slack, length, upper)
+            extents[key].append((lower, upper))
+
+    return {
+        key: _Pixels(
+            shape=black[key].shape,
+            lower=torch.stack([low for low, _ in extents[key]]),
+            upper=torch.stack([high for _, high in extents[key]]),
+            gain=gains[key],
+            owner=owners[key],
+        )
+        for key in gains
+    }
+
+
+# ----------------------------------------------------------------------------------------------------------- sweep
+
+
+class _Sweep:
+    """Which visual tokens react when some of the pixel elements change."""
+
+    def __init__(self, model: PreTrainedModel, inputs: Mapping[str, Any], pixels: Mapping[str, _Pixels]) -> None:
+        self.model = model
+        self.inputs = inputs
+        self.positions = visual_positions(model, inputs["input_ids"])
+        generator = torch.Generator().manual_seed(0)
+        self.changed = {}
+        for key, map_ in pixels.items():
+            base = inputs[key]
+            # Random signs and sizes: no linear map of a strip of elements cancels them.
+            noise = 0.25 + 0.5 * torch.rand(len(map_.gain), generator=generator)
+            noise *= torch.randint(0, 2, noise.shape, generator=generator) * 2 - 1
+            # Padding has no gain of its own.
+            noise *= torch.where(map_.gain != 0, map_.gain, map_.gain.abs().max())
+            self.changed[key] = base + noise.view(map_.shape).to(base)
+        self.rebase()
+
+    def rebase(self) -> None:
+        """Reads the reference; again whenever the model changes (attention bypassed or not)."""
+        self.base = self._hidden(self.inputs)
+        # Zero on any backend that repeats itself bit for bit.
+        self.noise = 4 * (self._hidden(self.inputs) - self.base).abs().amax(dim=1)
+
+    def _hidden(self, inputs: Mapping[str, Any]) -> Tensor:
+        hidden = _layer0_input(self.model, inputs)
+        return hidden[self.positions.to(hidden.device)].float()
+
+    def reacts(self, masks: Mapping[str, Tensor]) -> Tensor:
+        """Boolean, shape: V, on the CPU; masks are boolean and flat, one per pixel tensor."""
+        inputs = dict(self.inputs)
+        for key, mask in masks.items():
+            base = self.inputs[key]
+            inputs[key] = torch.where(mask.view(base.shape).to(base.device), self.changed[key], base)
+        return ((self._hidden(inputs) - self.base).abs().amax(dim=1) > self.noise).cpu()
+
+
+def _disjoint_cells(cell: Tensor, first: Tensor, last: Tensor) -> list[int]:
+    """Cells of as many tokens as possible whose spans [first, last] are disjoint: greedily by the end of the span."""
+    chosen: list[int] = []
+    end = -1
+    for stop, start, own in sorted(set(zip(last.tolist(), first.tolist(), cell.tolist(), strict=True))):
+        if start > end:
+            chosen.append(own)
+            end = stop
+    return chosen
+
+
+def _edges(
+    reacts: Callable[[Mapping[str, Tensor]], Tensor],
+    lower: Mapping[str, Tensor],
+    upper: Mapping[str, Tensor],
+    tokens: Tensor,
+    levels: int,
+) -> tuple[Tensor, Tensor]:
+    r"""First and last of :math:`2^{levels}` bins along an axis that each token sees.
+
+    A bisection of all edges at once. At every level the axis is cut into cells, and the first and the last cell that a
+    token sees are known. Changing the elements in the left half of a token's first cell tells in which half it begins,
+    as long as no other changed cell lies inside the token's span; so one forward pass serves all tokens with disjoint
+    spans, and neighbours take turns. Where all elements of a cell lie in the same half, no pass is needed. The number
+    of passes thus grows with the logarithm of the resolution, not with the number of tokens in a row.
+
+    Args:
+        reacts: From masks of elements to the tokens that react.
+        lower, upper: Bins of the elements' left and right ends, flat int tensors; bin 2**levels for elements to leave
+            alone.
+        tokens: Boolean, shape: V; tokens that see anything at all.
+        levels: Logarithm of the number of bins.
+
+    Returns:
+        first, last: int64, shape: V; meaningless where tokens is false.
+    """
+    first = torch.zeros(len(tokens), dtype=torch.int64)
+    last = torch.zeros(len(tokens), dtype=torch.int64)
+
+    def sees_half(bins: Mapping[str, Tensor], shift: int, cell: Tensor, half: int) -> Tensor:
+        """Whether each token sees elements in the given half (0 left, 1 right) of its cell."""
+        children = {key: values >> shift for key, values in bins.items()}
+        filled = torch.zeros((1 << (levels - shift)) + 1, dtype=torch.bool)
+        for child in children.values():
+            filled[child] = True
+        own, sibling = filled[2 * cell + half], filled[2 * cell + 1 - half]
+        seen = own & ~sibling
+        pending = tokens & own & sibling
+        while bool(pending.any()):
+            chosen = torch.tensor(_disjoint_cells(cell[pending], first[pending], last[pending]))
+            change = torch.zeros_like(filled)
+            change[2 * chosen + half] = True
+            hit = reacts({key: change[child] for key, child in children.items()})
+            count = torch.zeros(len(filled) // 2 + 1, dtype=torch.int64)
+            count[chosen + 1] = 1
+            count = count.cumsum(0)
+            resolved = pending & (count[cell + 1] > count[cell]) & (count[last + 1] - count[first] == 1)
+            seen = torch.where(resolved, hit, seen)
+            pending &= ~resolved
+        return seen
+
+    for shift in reversed(range(levels)):
+        begins_left = sees_half(lower, shift, first, 0)
+        ends_right = sees_half(upper, shift, last, 1)
+        first, last = 2 * first + ~begins_left, 2 * last + ends_right
+    return first, last
+
+
+def _measure_axis(sweep: _Sweep, pixels: Mapping[str, _Pixels], axis: int, length: int, tokens: Tensor) -> Tensor:
+    """Both ends of every token along an axis in pixels, shape: V x 2."""
+    levels = max(1, math.ceil(math.log2(length / PRECISION)))
+    end = 1 << levels
+    lower, upper = {}, {}
+    # Where within a bin the elements really begin and end.
+    start_at, stop_at = PRECISION * torch.arange(end + 1.0), PRECISION * torch.arange(1, end + 2.0)
+    for key, map_ in pixels.items():
+        padding = map_.gain == 0
+        left, right = map_.lower[axis] / PRECISION, map_.upper[axis] / PRECISION
+        lower[key] = left.floor().long().clamp(0, end - 1).masked_fill(padding, end)
+        upper[key] = (right.ceil().long() - 1).clamp(0, end - 1).masked_fill(padding, end)
+    starts = torch.cat([map_.lower[axis] for map_ in pixels.values()])
+    stops = torch.cat([map_.upper[axis] for map_ in pixels.values()])
+    start_at.scatter_reduce_(0, torch.cat([*lower.values()]), starts, "amin", include_self=False)
+    stop_at.scatter_reduce_(0, torch.cat([*upper.values()]), stops, "amax", include_self=False)
+    first, last = _edges(sweep.reacts, lower, upper, tokens, levels)
+    return torch.stack([start_at[first], stop_at[last]], dim=1)
+
+
+def _shared(sweep: _Sweep, pixels: Mapping[str, _Pixels], suspects: Tensor) -> Tensor:
+    """Which of the suspects have no pixels of their own: wherever they react, another token reacts as well."""
+    alone = torch.zeros_like(suspects)
+    nothing = {key: torch.zeros(len(map_.gain), dtype=torch.bool) for key, map_ in pixels.items()}
+    for key, map_ in pixels.items():
+        for chunk in map_.gain.nonzero().flatten().tensor_split(_CHUNKS):
+            if len(chunk):
+                mask = nothing[key].clone()
+                mask[chunk] = True
+                hit = sweep.reacts({**nothing, key: mask})
+                if int(hit.sum()) == 1:
+                    alone |= hit
+    return suspects & ~alone
+
+
+def _fill_image_index(index: Tensor, positions: Tensor, seen: Tensor) -> Tensor:
+    """Gives tokens that see no picture the index of the nearest that does, first of all within their own run."""
+    if not bool(seen.any()):
+        return torch.zeros_like(index)
+    run = torch.cat([torch.zeros(1, dtype=torch.int64), (positions.diff() > 1).long().cumsum(0)])
+    distance = (positions[:, None] - positions[None, seen]).abs()
+    distance = distance + (run[:, None] != run[None, seen]) * (int(positions.max()) + 1)
+    return torch.where(seen, index, index[seen][distance.argmin(dim=1)])
+
+
+def _model_inputs(model: PreTrainedModel, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """Inputs of one example on the model's device, floating point ones in its dtype."""
+    ids = inputs.get("input_ids")
+    if not isinstance(ids, Tensor) or ids.ndim != 2 or ids.shape[0] != 1:
+        found = tuple(ids.shape) if isinstance(ids, Tensor) else type(ids).__name__
+        raise ValueError(
+            "prepare must return the model inputs of one example, with 'input_ids' of shape (1, sequence length); got "
+            f"{found} among {sorted(inputs)}."
+        )
+    device = model.get_input_embeddings().weight.device
+    return {
+        key: value.to(device, model.dtype if value.is_floating_point() else value.dtype)
+        if isinstance(value, Tensor)
+        else value
+        for key, value in inputs.items()
+    }
+
+
+def _checked_sizes(image_sizes: Sequence[Size]) -> tuple[Size, ...]:
+    sizes = tuple((int(width), int(height)) for width, height in image_sizes)
+    if not sizes or any(min(size) < 1 for size in sizes):
+        raise ValueError(f"image_sizes must hold the (width, height) of at least one picture, got {list(image_sizes)}.")
+    return sizes
+
+
+def _noise_picture(size: Size, generator: torch.Generator) -> Image.Image:
+    pixels = torch.randint(0, 256, (size[1], size[0], 3), generator=generator, dtype=torch.uint8)
+    return Image.fromarray(pixels.numpy())
+
+
+def measure_geometry(model: PreTrainedModel, prepare: Prepare, image_sizes: Sequence[Size]) -> TokenGeometry:
+    r"""Measures which box of which picture every visual token stands for.
+
+    The boxes depend on the picture sizes, the processor's settings and the model's structure, not on the weights, the
+    text or what the pictures show. See the module's description for the method. Decoder layers never run, and the
+    vision tower's attention hardly ever; what runs 50 to 150 times is the patch embedding and the projector.
+
+    A box is all that a token sees without the tower's attention. Where a convolutional tower gives tokens overlapping
+    receptive fields (got_ocr2, fast_vlm), their boxes overlap as well.
+
+    A token that spans nearly all that is seen of its picture (95 % of both sides) counts as global unless some pixels
+    feed it and no other token; so a thumbnail of a single token is local, and a pooled summary of the picture is not.
+
+    Args:
+
+        model (PreTrainedModel): An image-text-to-text model in any floating point dtype, on any device. Hooks,
+                    forwards, training flags and the random state are left as they were, after an exception as well.
+        prepare (Callable): From a list of RGB pictures of the given sizes to the model's inputs (one example, batch
+                    dimension 1), through the model's own processor, always with the same text.
+        image_sizes (Sequence[tuple[int, int]]): (width, height) of each picture of the prompt, in order.
+
+    Returns:
+        **geometry** (*TokenGeometry*):
+            Boxes in pixels of the original pictures, on the CPU.
+
+    Raises:
+        ValueError: prepare does not return one example, its pixel tensors do not follow the pictures, or the sequence
+            has no visual positions.
+        TypeError: the model has no decoder layers to read.
+
+    Examples::
+
+        >>> text = processor.apply_chat_template(
+        ...     [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "what is this ?"}]}]
+        ... )
+        >>> prepare = lambda images: processor(images=images, text=[text], return_tensors="pt")
+        >>> geometry = measure_geometry(model, prepare, [(640, 400)])
+        >>> geometry.boxes.shape, geometry.coverage()
+        (torch.Size([322, 4]), (0.0, 0.0, 640.0, 400.0))
+    """
+    sizes = _checked_sizes(image_sizes)
+    generator = torch.Generator().manual_seed(0)
+    with _evaluation(model):
+        inputs = _model_inputs(model, prepare([_noise_picture(size, generator) for size in sizes]))
+        pixels = _probe_pixels(prepare, sizes)
+        for key, map_ in pixels.items():
+            if inputs[key].shape != map_.shape:
+                raise ValueError(
+                    f"The processor returns {key!r} of shape {tuple(inputs[key].shape)} for noise and "
+                    f"{tuple(map_.shape)} for black pictures of the same sizes {list(sizes)}; it crops by content, so "
+                    "its tokens have no fixed boxes."
+                )
+        with _bypassed_attention(model, inputs):
+            sweep = _Sweep(model, inputs, pixels)
+            per_image = torch.stack(
+                [
+                    sweep.reacts({key: (map_.gain != 0) & (map_.owner == i) for key, map_ in pixels.items()})
+                    for i in range(len(sizes))
+                ]
+            )
+            seen = per_image.any(dim=0)
+            padding = torch.zeros_like(seen)
+            if not bool(seen.all()) and any(bool((map_.gain == 0).any()) for map_ in pixels.values()):
+                padding = ~seen & sweep.reacts({key: map_.gain == 0 for key, map_ in pixels.items()})
+            image_index = _fill_image_index(per_image.long().argmax(dim=0), sweep.positions.cpu(), seen)
+
+            axes = [_measure_axis(sweep, pixels, axis, max(size[axis] for size in sizes), seen) for axis in (0, 1)]
+            boxes = torch.stack([axes[0][:, 0], axes[1][:, 0], axes[0][:, 1], axes[1][:, 1]], dim=1)
+            boxes[~seen] = math.nan
+
+            covered = torch.full((len(sizes), 2), math.nan)
+            for i in range(len(sizes)):
+                if bool((mine := boxes[seen & (image_index == i)]).numel()):
+                    covered[i] = mine[:, 2:].amax(dim=0) - mine[:, :2].amin(dim=0)
+            spans = (boxes[:, 2:] - boxes[:, :2]) / covered[image_index]
+            suspects = seen & (spans >= GLOBAL_SPAN).all(dim=1)
+            overall = per_image.sum(dim=0) > 1
+            if bool(suspects.any()) and int(seen.sum()) > 1:
+                overall |= _shared(sweep, pixels, suspects)
+        unknown = ~seen & ~padding
+        if bool(unknown.any()):
+            sweep.rebase()
+            overall |= unknown & sweep.reacts({key: map_.gain != 0 for key, map_ in pixels.items()})
+
+    boxes[overall] = math.nan
+    kinds = tuple(
+        "global" if is_global else "local" if is_seen else "padding" if is_padding else "separator"
+        for is_global, is_seen, is_padding in zip(overall.tolist(), seen.tolist(), padding.tolist(), strict=True)
+    )
+    return TokenGeometry(boxes, kinds, image_index, sizes)
+
+
+# ----------------------------------------------------------------------------------------------------------- cache
+
+_cache: OrderedDict[Hashable, TokenGeometry] = OrderedDict()
+_cache_lock = threading.Lock()
+
+
+def _settings(value: Any) -> Any:
+    return value.to_dict() if hasattr(value, "to_dict") else repr(value)
+
+
+def geometry_key(model: PreTrainedModel, processor: Any, image_sizes: Sequence[Size]) -> Hashable:
+    r"""What a measured geometry depends on: the processor's settings, the picture sizes, the vision configuration.
+
+    Settings given to the processor at call time are not part of it; change the processor's own instead.
+
+    Args:
+
+        model (PreTrainedModel): The model; its config without the language model's part counts.
+        processor: The model's processor; its settings and those of its image processor count.
+        image_sizes (Sequence[tuple[int, int]]): (width, height) of each picture.
+
+    Returns:
+        **key** (*Hashable*):
+            A JSON text.
+    """
+    config = {key: value for key, value in model.config.to_dict().items() if key != "text_config"}
+    simple = (str, int, float, bool, type(None))
+    own = {
+        key: value
+        for key, value in sorted(vars(processor).items())
+        if isinstance(value, simple) and key != "chat_template"
+    }
+    image_processor = _settings(getattr(processor, "image_processor", None))
+    parts = [type(model).__qualname__, config, type(processor).__qualname__, own, image_processor]
+    return json.dumps([*parts, _checked_sizes(image_sizes)], sort_keys=True, default=repr)
+
+
+def cached_geometry(
+    model: PreTrainedModel, processor: Any, prepare: Prepare, image_sizes: Sequence[Size]
+) -> TokenGeometry:
+    r"""As :func:`measure_geometry`, measured once for every :func:`geometry_key`; the last 128 are kept.
+
+    Args:
+
+        model (PreTrainedModel): The model.
+        processor: The processor that ``prepare`` uses.
+        prepare (Callable): From pictures of these sizes to the model's inputs.
+        image_sizes (Sequence[tuple[int, int]]): (width, height) of each picture.
+
+    Returns:
+        **geometry** (*TokenGeometry*):
+            The same object for the same key.
+    """
+    key = geometry_key(model, processor, image_sizes)
+    with _cache_lock:
+        if key in _cache:
+            _cache.move_to_end(key)
+            return _cache[key]
+    geometry = measure_geometry(model, prepare, image_sizes)
+    with _cache_lock:
+        geometry = _cache.setdefault(key, geometry)
+        _cache.move_to_end(key)
+        while len(_cache) > CACHE_SIZE:
+            _cache.popitem(last=False)
+    return geometry
+
+
+# ---------------------------------------------------------------------------------------------------------- oracle
+
+
+def geometry_oracle(
+    model: PreTrainedModel,
+    prepare: Prepare,
+    images: Sequence[Image.Image],
+    geometry: TokenGeometry,
+    blocks: int = 40,
+    seed: int = 0,
+    bypass: bool = True,
+) -> float:
+    r"""How often the token that reacts most to a small change of the picture has a box around that change.
+
+    Independent of how the geometry was measured: it changes the original picture, at random places of the seen
+    rectangle, by blocks of an eighth of a token's size, and lets the processor run again. A hit is a box that contains
+    the block's centre, give or take half a block: a change across the border of two tokens may show in either. Right
+    boxes score 0.97 to 1 with ``bypass``, transposed or shuffled ones hardly ever.
+
+    Args:
+
+        model (PreTrainedModel): The model.
+        prepare (Callable): As in :func:`measure_geometry`.
+        images (Sequence[PIL.Image.Image]): Pictures of the geometry's sizes.
+        geometry (TokenGeometry): The geometry to check.
+        blocks (int): Number of changes, spread evenly over the pictures.
+                    Default: 40
+        seed (int): Seed of the places.
+                    Default: 0
+        bypass (bool): Whether to skip the vision tower's attention, which also carries a change to other tokens.
+                    Default: ``True``
+
+    Returns:
+        **hit rate** (*float*):
+            Between 0 and 1.
+
+    Raises:
+        ValueError: the pictures do not have the geometry's sizes, the number of visual positions differs, a picture has
+            no local tokens, or ``blocks`` is not positive.
+    """
+    pictures = [image.convert("RGB") for image in images]
+    sizes = tuple(image.size for image in pictures)
+    if sizes != geometry.image_sizes:
+        raise ValueError(f"The pictures have sizes {list(sizes)}, the geometry is for {list(geometry.image_sizes)}.")
+    if blocks < 1:
+        raise ValueError(f"blocks must be at least 1, got {blocks}.")
+    local = geometry.is_local
+    if missing := [i for i in range(len(sizes)) if not bool((local & (geometry.image_index == i)).any())]:
+        raise ValueError(
+            f"The geometry has no local tokens for picture {missing[0]} of {len(sizes)}; nothing to check."
+        )
+    generator = torch.Generator().manual_seed(seed)
+
+    def hidden(changed: list[Image.Image]) -> Tensor:
+        inputs = _model_inputs(model, prepare(changed))
+        positions = visual_positions(model, inputs["input_ids"])
+        if len(positions) != len(geometry.kinds):
+            raise ValueError(
+                f"The model input has {len(positions)} visual positions, the geometry {len(geometry.kinds)}."
+            )
+        states = _layer0_input(model, inputs)
+        return states[positions.to(states.device)].float().cpu()
+
+    def hits() -> int:
+        base = hidden(pictures)
+        count = 0
+        for block in range(blocks):
+            image = block % len(pictures)
+            width, height = sizes[image]
+            boxes = geometry.boxes[local & (geometry.image_index == image)]
+            token = (boxes[:, 2:] - boxes[:, :2]).median(dim=0).values
+            side = [max(2, round(float(t) / 8)) for t in token]
+            x0, y0, x1, y1 = geometry.coverage(image)
+            u, v = torch.rand(2, generator=generator).tolist()
+            left = min(max(round(x0 + u * (x1 - x0) - side[0] / 2), math.ceil(x0)), max(width - side[0], 0))
+            top = min(max(round(y0 + v * (y1 - y0) - side[1] / 2), math.ceil(y0)), max(height - side[1], 0))
+            values = np.array(pictures[image])
+            values[top : top + side[1], left : left + side[0]] += 128
+            changed = [*pictures]
+            changed[image] = Image.fromarray(values)
+            change = (hidden(changed) - base).norm(dim=1).masked_fill(~local, -1.0)
+            strongest = int(change.argmax())
+            box = geometry.boxes[strongest]
+            corner = torch.tensor([left, top])
+            touches = bool(((box[:2] <= corner + torch.tensor(side)) & (corner <= box[2:])).all())
+            count += touches and int(geometry.image_index[strongest]) == image
+        return count
+
+    with _evaluation(model):
+        if not bypass:
+            return hits() / blocks
+        with _bypassed_attention(model, _model_inputs(model, prepare(pictures))):
+            return hits() / blocks

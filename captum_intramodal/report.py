@@ -1,0 +1,372 @@
+r"""An explanation as one self-contained web page, and as one sheet of pictures."""
+
+from __future__ import annotations
+
+import base64
+import io
+import math
+import os
+import secrets
+import textwrap
+from collections.abc import Iterator, Mapping, Sequence
+from functools import lru_cache
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, Literal, Protocol
+from unicodedata import east_asian_width
+
+import jinja2
+import matplotlib
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties, get_font_names
+from PIL import Image
+
+__all__ = ["draw_overview", "render_html", "write_atomically"]
+
+Part = Literal["prompt", "answer"]
+
+# Longest side of an embedded picture (pixels) and of an embedded heatmap (cells).
+PICTURE_SIDE = 1600
+GRID_SIDE = 48
+
+# Most panels on the overview sheet.
+SHEET_WORDS = 60
+
+
+class WordLike(Protocol):
+    """A word of the prompt or of the answer; ``start`` and ``end`` are its span of characters there."""
+
+    @property
+    def text(self) -> str: ...
+    @property
+    def start(self) -> int: ...
+    @property
+    def end(self) -> int: ...
+    @property
+    def probability(self) -> float | None: ...
+
+
+class ExplanationLike(Protocol):
+    """What the page and the sheet need to know of an explanation."""
+
+    @property
+    def images(self) -> Sequence[Image.Image]: ...
+    @property
+    def prompt(self) -> str: ...
+    @property
+    def answer(self) -> str: ...
+    @property
+    def words(self) -> Sequence[WordLike]: ...
+    @property
+    def prompt_words(self) -> Sequence[WordLike]: ...
+    @property
+    def settings(self) -> Mapping[str, Any]: ...
+
+    def word_maps(self, part: Part, /) -> Sequence[np.ndarray]: ...
+    def word_relevance(self, part: Part, /) -> np.ndarray: ...
+
+
+def render_html(explanation: ExplanationLike) -> str:
+    r"""Renders an explanation as one HTML file that needs no network.
+
+    The page shows, for the word under the pointer or the keyboard focus, its heatmap over the pictures and its
+    relevance over the earlier words. Each heatmap travels as a grid of bytes, not as a picture, so the page stays
+    light for long answers. A content security policy admits only the page's own script and style (by their hash)
+    and pictures inside the file.
+
+    Args:
+        explanation (Explanation): the explanation to show.
+
+    Returns:
+        str: the HTML document. Words carry ``data-index``, counted through the prompt and on through the answer.
+
+    Examples::
+
+        >>> write_atomically("explanation.html", render_html(explanation).encode())
+    """
+    n_prompt = len(explanation.prompt_words)
+    return _template().render(
+        answer=explanation.answer,
+        pictures=[_embed(image) for image in explanation.images],
+        prompt_pieces=list(_pieces(explanation.prompt, explanation.prompt_words, 0)),
+        answer_pieces=list(_pieces(explanation.answer, explanation.words, n_prompt)),
+        settings=list(_flatten(explanation.settings)),
+        data=_page_data(explanation),
+    )
+
+
+def draw_overview(explanation: ExplanationLike, path: str | os.PathLike[str], columns: int | None = None) -> None:
+    r"""Draws one sheet: the picture, and the picture with the heatmap of each word of the answer.
+
+    All heatmaps share one scale, so that the colours of different words can be compared. Words without a letter or
+    digit (punctuation) are left out; of a very long answer the 60 words with the strongest heatmaps are drawn, in
+    reading order. The foot of the sheet says how many were left out.
+
+    Args:
+        explanation (Explanation): the explanation to draw; it needs at least one picture.
+        path (str or PathLike): the file to write, by its ending any format that matplotlib can write. It is
+            replaced in one step.
+        columns (int, optional): panels per row.
+            Default: as many as give the sheet a landscape shape
+
+    Raises:
+        ValueError: where the explanation has no picture.
+
+    Examples::
+
+        >>> draw_overview(explanation, "overview.png")
+    """
+    if not explanation.images:
+        raise ValueError("the overview needs at least one picture")
+    maps = explanation.word_maps("answer")
+    peaks = _peaks(maps)
+    spoken = [i for i, word in enumerate(explanation.words) if any(map(str.isalnum, word.text))]
+    shown = sorted(sorted(spoken, key=lambda i: -peaks[i])[:SHEET_WORDS])
+
+    strongest = float(peaks.max(initial=0)) or 1.0
+    panels: list[tuple[np.ndarray, str, float | None]] = [(_panel(explanation.images, None), "input", None)]
+    for i in shown:
+        heat = [grids[i] / strongest for grids in maps]
+        word = explanation.words[i]
+        panels.append((_panel(explanation.images, heat), word.text.strip(), word.probability))
+    counts = {"Punctuation": len(explanation.words) - len(spoken), "Weakest words": len(spoken) - len(shown)}
+    left_out = [f"{what} left out: {count}." for what, count in counts.items() if count]
+    figure = _sheet(panels, explanation.prompt, explanation.answer, " ".join(left_out), columns)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format=Path(path).suffix[1:] or "png")
+    write_atomically(path, buffer.getvalue())
+
+
+def write_atomically(path: str | os.PathLike[str], content: bytes) -> Path:
+    r"""Writes a file by way of a temporary sibling, so that readers see the old file or the new one, never a part.
+
+    Args:
+        path (str or PathLike): the file to create or replace; its folder must exist.
+        content (bytes): what to write.
+
+    Returns:
+        Path: the file. Where writing fails, the old file stays and the temporary one is removed.
+
+    Examples::
+
+        >>> write_atomically("answer.txt", b"a dog")
+    """
+    final = Path(path)
+    temporary = final.with_name(f".{final.name}.{secrets.token_hex(4)}")
+    try:
+        temporary.write_bytes(content)
+        return temporary.replace(final)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+# --- the page ---------------------------------------------------------------------------------------------------------
+
+
+@lru_cache(maxsize=1)
+def _template() -> jinja2.Template:
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    environment.filters["csp_hash"] = lambda text: base64.b64encode(sha256(text.encode()).digest()).decode()
+    return environment.get_template("explanation.html.j2")
+
+
+def _page_data(explanation: ExplanationLike) -> dict[str, Any]:
+    """All that the page's script reads: numbers and base64 only. Words are numbered prompt first, then answer."""
+    maps = [
+        _shrink(np.concatenate(pair))
+        for pair in zip(explanation.word_maps("prompt"), explanation.word_maps("answer"), strict=True)
+    ]
+    words = [*explanation.prompt_words, *explanation.words]
+    n_prompt = len(explanation.prompt_words)
+    peaks = _peaks(maps) if maps else np.zeros(len(words), np.float32)
+    divisors = np.where(peaks > 0, peaks, 1)[:, None, None]
+    relevance = np.concatenate([explanation.word_relevance("prompt"), explanation.word_relevance("answer")])
+    # A word can only lean on earlier ones: row i of the triangle has i entries.
+    triangle = np.tril_indices(len(words), -1)
+    return {
+        "colours": base64.b64encode(_colours().tobytes()).decode(),
+        "maps": [{"grid": grids.shape[1:], "values": _bytes(grids / divisors)} for grids in maps],
+        "peaks": [float(f"{peak:.5g}") for peak in peaks],
+        # Top of the shared scale: the answer's strongest word. The prompt's only where the answer has nothing.
+        "strongest": float(peaks[n_prompt:].max(initial=0)) or float(peaks.max(initial=0)) or 1.0,
+        "relevance": _bytes(relevance[triangle]),
+        "probabilities": [None if word.probability is None else round(word.probability, 6) for word in words],
+    }
+
+
+def _bytes(unit: np.ndarray) -> str:
+    return base64.b64encode(np.rint(255 * unit).astype(np.uint8).tobytes()).decode()
+
+
+def _peaks(maps: Sequence[np.ndarray]) -> np.ndarray:
+    """The highest value of each word over all pictures."""
+    return np.max([grids.max((1, 2), initial=0) for grids in maps], axis=0)
+
+
+def _shrink(grids: np.ndarray) -> np.ndarray:
+    """Grids of at most GRID_SIDE cells a side, by averaging."""
+    height, width = grids.shape[1:]
+    scale = GRID_SIDE / max(height, width)
+    if scale >= 1:
+        return grids
+    size = max(1, round(width * scale)), max(1, round(height * scale))
+    return np.stack([_resized(grid, size, Image.Resampling.BOX) for grid in grids])
+
+
+def _resized(grid: np.ndarray, size: tuple[int, int], filter: Image.Resampling) -> np.ndarray:
+    return np.asarray(Image.fromarray(grid.astype(np.float32)).resize(size, filter))
+
+
+def _embed(image: Image.Image) -> dict[str, Any]:
+    small = image.convert("RGB")
+    small.thumbnail((PICTURE_SIDE, PICTURE_SIDE), Image.Resampling.LANCZOS)
+    buffer = io.BytesIO()
+    small.save(buffer, "WEBP", quality=90)
+    url = "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode()
+    return {"url": url, "width": small.width, "height": small.height}
+
+
+def _pieces(text: str, words: Sequence[WordLike], first: int) -> Iterator[tuple[str, int | None]]:
+    """The text cut into words (with their number) and what lies between them (with None)."""
+    end = 0
+    for index, word in enumerate(words, first):
+        if word.start > end:
+            yield text[end : word.start], None
+        yield text[word.start : word.end], index
+        end = word.end
+    if end < len(text):
+        yield text[end:], None
+
+
+def _flatten(settings: Any, path: str = "") -> Iterator[tuple[str, str]]:
+    if isinstance(settings, Mapping):
+        for key, value in settings.items():
+            yield from _flatten(value, f"{path}.{key}" if path else str(key))
+    elif isinstance(settings, (list, tuple)):
+        yield path, ", ".join(map(str, settings))
+    else:
+        yield path, str(settings)
+
+
+# --- colours and the sheet --------------------------------------------------------------------------------------------
+
+
+@lru_cache(maxsize=1)
+def _colours() -> np.ndarray:
+    """Colour and opacity of the 256 heatmap values, uint8 (256, 4): weak values leave the picture untouched."""
+    value = np.linspace(0, 1, 256)
+    table = matplotlib.colormaps["inferno"](0.3 + 0.65 * value)
+    ramp = np.clip((value - 0.06) / 0.5, 0, 1)
+    table[:, 3] = 0.85 * ramp**2 * (3 - 2 * ramp)
+    return np.rint(255 * table).astype(np.uint8)
+
+
+def _panel(images: Sequence[Image.Image], heat: Sequence[np.ndarray] | None, height: int = 300) -> np.ndarray:
+    """The pictures side by side at one height, with their heatmaps (values in [0, 1]) over them; RGB."""
+    parts: list[np.ndarray] = []
+    for number, image in enumerate(images):
+        size = max(1, round(image.width * height / image.height)), height
+        pixels = np.asarray(image.convert("RGB").resize(size, Image.Resampling.LANCZOS), np.float32)
+        if heat is not None:
+            grey = pixels @ np.array([[0.299], [0.587], [0.114]], np.float32)
+            pixels = grey + 0.4 * (pixels - grey)
+            # Pillow's bicubic filter is the page's: values are interpolated before they become colours.
+            values = np.clip(_resized(heat[number], size, Image.Resampling.BICUBIC), 0, 1)
+            colours = _colours()[np.rint(255 * values).astype(np.uint8)].astype(np.float32)
+            alpha = colours[..., 3:] / 255
+            pixels = pixels * (1 - alpha) + colours[..., :3] * alpha
+        if number:
+            parts.append(np.full((height, height // 30, 3), 255, np.float32))
+        parts.append(pixels)
+    return np.rint(np.concatenate(parts, axis=1)).astype(np.uint8)
+
+
+def _columns(n_panels: int, aspect: float) -> int:
+    """Panels per row: a sheet near 3:2, with few empty cells in the last row."""
+
+    def cost(columns: int) -> float:
+        rows = math.ceil(n_panels / columns)
+        shape = columns * aspect / (rows * 1.2)
+        return abs(math.log(shape / 1.5)) + 0.8 * (columns * rows - n_panels) / n_panels
+
+    return min(range(1, n_panels + 1), key=cost)
+
+
+@lru_cache(maxsize=1)
+def _fonts() -> list[str]:
+    """The default font, and the installed ones that know the scripts it lacks."""
+    installed = set(get_font_names())
+    wanted = ("Noto Sans CJK SC", "Noto Sans CJK JP", "PingFang SC", "Microsoft YaHei", "Noto Sans Devanagari")
+    return ["DejaVu Sans", *(name for name in wanted if name in installed)]
+
+
+def _sheet(
+    panels: Sequence[tuple[np.ndarray, str, float | None]],
+    prompt: str,
+    answer: str,
+    note: str,
+    columns: int | None,
+) -> Figure:
+    """Lays the panels out on a figure; all lengths in inches."""
+    ink, muted = "#1c1f26", "#6a7080"
+    aspect = panels[0][0].shape[1] / panels[0][0].shape[0]
+    columns = columns or _columns(len(panels), aspect)
+    rows = math.ceil(len(panels) / columns)
+    panel_height = min(max(1.5, 1.4 / aspect), max(1.0, 3.0 / aspect))
+    panel_width = panel_height * aspect
+    gap, title_height, margin, foot = 0.16, 0.34, 0.4, 0.42
+    width = max(2 * margin + columns * panel_width + (columns - 1) * gap, 6.4)
+    left = (width - columns * panel_width - (columns - 1) * gap) / 2
+    # Letters per line; those of East Asian scripts are twice as wide.
+    wide = any(east_asian_width(letter) in "WF" for letter in prompt + answer)
+    per_line = int((width - 2 * margin) * (6 if wide else 12.5))
+    prompt_lines = textwrap.wrap(prompt, per_line, max_lines=3, placeholder=" …")
+    answer_lines = textwrap.wrap(answer, int(per_line * 0.84), max_lines=6, placeholder=" …")
+    head = margin + 0.2 * len(prompt_lines) + 0.25 * len(answer_lines) + 0.12
+    height = head + rows * (title_height + panel_height) + (rows - 1) * gap + foot + margin
+
+    figure = Figure(figsize=(width, height), dpi=150, facecolor="white")
+    FigureCanvasAgg(figure)
+
+    def write(x: float, y: float, text: str, size: float, colour: str, weight: str = "normal", **kwargs: Any) -> Any:
+        font = FontProperties(family=_fonts(), size=size, weight=weight)
+        # A dollar sign in an answer is a dollar sign, not mathematics.
+        return figure.text(
+            x / width, 1 - y / height, text, color=colour, fontproperties=font, parse_math=False, **kwargs
+        )
+
+    y = margin
+    for lines, size, colour, step in ((prompt_lines, 10, muted, 0.2), (answer_lines, 12.5, ink, 0.25)):
+        for line in lines:
+            write(margin, y, line, size, colour, va="top")
+            y += step
+
+    for number, (pixels, word, probability) in enumerate(panels):
+        row, column = divmod(number, columns)
+        x = left + column * (panel_width + gap)
+        y = head + row * (title_height + panel_height + gap) + title_height
+        axes = figure.add_axes((x / width, 1 - (y + panel_height) / height, panel_width / width, panel_height / height))
+        axes.imshow(pixels, aspect="auto", interpolation="bilinear")
+        axes.set_axis_off()
+        room = max(4, int(panel_width * 10) - (5 if probability is not None else 0))
+        shown = word if len(word) <= room else word[: room - 1] + "…"
+        write(x, y - 0.09, shown, 10.5, ink if number else muted, "bold" if number else "normal")
+        if probability is not None:
+            percent = f"{100 * probability:.0f} %" if probability >= 0.01 else "< 1 %"
+            write(x + panel_width, y - 0.09, percent, 8.5, muted, ha="right")
+
+    y = height - margin - 0.05
+    bar = figure.add_axes((margin / width, 1 - y / height, 1.3 / width, 0.11 / height))
+    bar.imshow(_colours()[None], aspect="auto")
+    bar.set_xticks([])
+    bar.set_yticks([])
+    bar.spines[:].set_color("#d9dbe0")
+    scale = "none … strongest word, one scale for all words. % is the probability of the word."
+    write(margin + 1.45, y, f"{scale} {note}", 8, muted)
+    return figure

@@ -1,0 +1,141 @@
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from tiny import tiny
+from typer.testing import CliRunner
+
+from captum_intramodal import Explanation
+from captum_intramodal.cli import app
+from captum_intramodal.demo import CHECKPOINT, PICTURES
+
+runner = CliRunner()
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("tiny")
+    model, processor = tiny("qwen2_vl")
+    model.save_pretrained(path)
+    processor.save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def picture(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("picture") / "picture.png"
+    Image.effect_mandelbrot((120, 80), (-2, -1.5, 1, 1.5), 30).convert("RGB").save(path)
+    return path
+
+
+FILES = ["explanation.json", "explanation.safetensors", "image-0.png", "index.html", "overview.png"]
+
+
+def test_demo(tmp_path: Path) -> None:
+    result = runner.invoke(app, ["demo", "--out", str(tmp_path / "out"), "--scales", "1"])
+    assert result.exit_code == 0, result.output
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == FILES
+    assert os.listdir(tmp_path) == ["out"], "temporary files are left"
+    explanation = Explanation.load(tmp_path / "out")
+    for word in explanation.words:
+        assert word.text in result.output
+    assert "probability" in result.output and "leans on" in result.output
+
+
+def test_every_example_picture_exists() -> None:
+    assert len(PICTURES) == 4
+    for path in PICTURES:
+        with Image.open(path) as image:
+            assert image.mode == "RGB"
+    assert sum(file.stat().st_size for file in CHECKPOINT.iterdir()) <= 8 * 2**20
+
+
+def test_explain_a_given_answer(checkpoint: Path, picture: Path, tmp_path: Path) -> None:
+    arguments = ["explain", "--model", str(checkpoint), "--image", str(picture), "--prompt", "describe the picture"]
+    result = runner.invoke(
+        app, [*arguments, "--answer", "a red dog", "--scales", "1,1.5", "--no-arc", "--out", str(tmp_path)]
+    )
+    assert result.exit_code == 0, result.output
+    explanation = Explanation.load(tmp_path)
+    assert explanation.answer == "a red dog"
+    assert explanation.settings["scales"] == [1.0, 1.5]
+    assert explanation.settings["arc"] is None
+    again = runner.invoke(app, [*arguments, "--answer", "a cat", "--out", str(tmp_path)])
+    assert again.exit_code == 0 and Explanation.load(tmp_path).answer == "a cat"
+
+
+@pytest.fixture(scope="module")
+def text_only(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    path = tmp_path_factory.mktemp("text")
+    sizes = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, vocab_size=300)
+    LlamaForCausalLM(LlamaConfig(**sizes)).save_pretrained(path)
+    tiny("qwen2_vl")[1].tokenizer.save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def unknown_type(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("unknown")
+    (path / "config.json").write_text('{"model_type": "nobody_knows_this"}')
+    return path
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"--image": "nowhere.png"}, "There is no file nowhere.png"),
+        ({"--image": __file__}, "is not a picture"),
+        ({"--image": "."}, "cannot be read as a picture"),
+        ({"--prompt": " "}, "prompt is empty"),
+        ({"--answer": "a zebra"}, "cannot encode 'zebra'"),
+        ({"--answer": " "}, "answer is empty"),
+        ({"--scales": "0"}, "above 0"),
+        ({"--scales": "1,x"}, "numbers separated by commas"),
+        ({"--scales": "1,1"}, "different"),
+        ({"--scales": "nan"}, "above 0"),
+        ({"--model": "./nowhere"}, "no config.json"),
+        ({"--model": "TEXT_ONLY"}, "image-text-to-text"),
+        ({"--model": "UNKNOWN"}, "cannot be loaded"),
+        ({"--dtype": "int3"}, "--dtype must be"),
+        ({"--device": "toaster"}, "cannot be loaded"),
+        ({"--out": __file__}, "is a file"),
+        ({"--max-new-tokens": "0"}, "max-new-tokens"),
+    ],
+    ids=lambda value: "=".join(map(str, *value.items())) if isinstance(value, dict) else "",
+)
+def test_bad_input_ends_in_one_line(
+    change: dict[str, str],
+    message: str,
+    checkpoint: Path,
+    picture: Path,
+    text_only: Path,
+    unknown_type: Path,
+    tmp_path: Path,
+) -> None:
+    out = tmp_path / "out"
+    options = {"--model": str(checkpoint), "--image": str(picture), "--prompt": "describe", "--out": str(out)} | change
+    options["--model"] = {"TEXT_ONLY": str(text_only), "UNKNOWN": str(unknown_type)}.get(
+        options["--model"], options["--model"]
+    )
+    result = runner.invoke(app, ["explain", *(part for option in options.items() for part in option)])
+    assert result.exit_code == 2, result.output
+    assert message in " ".join(result.stderr.split())
+    assert "Traceback" not in result.output
+    if message != "max-new-tokens":  # typer's own message is a box
+        assert len(result.stderr.strip().splitlines()) == 1
+    assert list(tmp_path.iterdir()) == [], "something is left on disk"
+
+
+def test_as_a_module_and_without_arguments() -> None:
+    result = subprocess.run(
+        [sys.executable, "-m", "captum_intramodal", "--help"], capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0 and "explain" in result.stdout and "demo" in result.stdout
+    assert runner.invoke(app, ["demo", "--picture", "9", "--out", "x"]).exit_code == 2

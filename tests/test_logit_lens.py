@@ -1,0 +1,168 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from tiny import tiny
+from torch import Tensor, nn
+from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GemmaConfig,
+    GemmaForCausalLM,
+    GraniteConfig,
+    GraniteForCausalLM,
+)
+
+from captum_intramodal import LayerLogitLens, LogitLens
+from captum_intramodal.hooks import capture_outputs
+
+IDS = torch.tensor([[3, 9, 4, 12, 7], [8, 2, 2, 30, 5]])
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return tiny("qwen2_vl")[0]
+
+
+def text_model(config_class: type, model_class: type, **more: Any) -> Any:
+    torch.manual_seed(1)
+    sizes = dict(vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
+                 num_key_value_heads=2, head_dim=8, pad_token_id=0, bos_token_id=1, eos_token_id=2)  # fmt: skip
+    return model_class(config_class(**sizes, **more)).eval()
+
+
+SOFTCAPPED = lambda: text_model(Gemma2Config, Gemma2ForCausalLM, final_logit_softcapping=0.05, query_pre_attn_scalar=8)  # noqa: E731
+SCALED = lambda: text_model(GraniteConfig, GraniteForCausalLM, logits_scaling=8.0)  # noqa: E731
+PLAIN = lambda: text_model(GemmaConfig, GemmaForCausalLM)  # noqa: E731
+
+
+@pytest.mark.parametrize("make", [PLAIN, SOFTCAPPED, SCALED], ids=["plain", "softcapped", "scaled"])
+def test_last_layer_gives_the_models_own_logits(make: Any) -> None:
+    model = make()
+    logits = model(IDS).logits
+    lens = LayerLogitLens(model, model.model.layers[-1])
+    for token in (0, 5, 96):
+        actual = lens.attribute(IDS, target=token, relu_attributions=False)
+        assert torch.allclose(actual, logits[..., token], atol=1e-5)
+    several = lens.attribute(IDS, target=torch.tensor([[5, 96, 0]]))
+    assert several.shape == (2, 3, 5)
+    assert torch.allclose(several, logits[..., [5, 96, 0]].clamp_min(0).transpose(1, 2), atol=1e-5)
+
+
+def test_softcapping_and_scaling_are_measured_not_believed() -> None:
+    assert LogitLens(SOFTCAPPED()).cap == 0.05
+    assert LogitLens(SCALED()).factor == pytest.approx(1 / 8, rel=1e-4)
+    model = PLAIN()
+    model.config.final_logit_softcapping = 30.0  # claimed by the config, not done by the model
+    assert LogitLens(model).cap is None
+
+
+def test_intermediate_layer_is_normed_once(model: Any) -> None:
+    decoder = model.get_decoder()
+    hidden = model(IDS, output_hidden_states=True).hidden_states
+    lens = LayerLogitLens(model, [decoder.layers[0], decoder.layers[-1]])
+    first, last = lens.attribute(IDS, target=torch.tensor([11, 12]), relu_attributions=False)
+    weight = model.get_output_embeddings().weight
+    expected = torch.einsum("btd,bd->bt", decoder.norm(hidden[1]), weight[[11, 12]])
+    assert torch.allclose(first, expected, atol=1e-5)
+    # transformers' last hidden state is normed already.
+    assert torch.allclose(last, torch.einsum("btd,bd->bt", hidden[-1], weight[[11, 12]]), atol=1e-5)
+
+
+def test_tuple_targets_name_the_token_last(model: Any) -> None:
+    lens = LayerLogitLens(model, model.get_decoder().layers[-1])
+    assert torch.equal(lens.attribute(IDS, target=(4, 17)), lens.attribute(IDS, target=17))
+    assert torch.equal(lens.attribute(IDS, target=[(4, 17), (3, 18)]), lens.attribute(IDS, target=[17, 18]))
+
+
+def test_never_a_tensor_of_positions_by_vocabulary(model: Any) -> None:
+    calls: list[Any] = []
+    handle = model.get_output_embeddings().register_forward_hook(lambda *args: calls.append(args))
+    lens = LogitLens(model)
+    calls.clear()
+    LayerLogitLens(model, model.get_decoder().layers[-1], lens).attribute(IDS, target=3)
+    handle.remove()
+    assert not calls, "the head ran over all positions"
+
+
+def test_topk_is_the_ranking_of_the_logits(model: Any) -> None:
+    lens = LogitLens(model)
+    hidden = torch.randn(7, lens.hidden_size)
+    logits = lens.activation(hidden, torch.arange(lens.vocab_size))
+    expected = logits.argsort(dim=1, descending=True, stable=True)
+    for k, block in ((50, 16), (5, 1000), (3, 2), (10_000, 33)):
+        assert torch.equal(lens.topk(hidden, k, block), expected[:, :k])
+
+
+def test_ties_rank_by_token_id(model: Any) -> None:
+    lens = LogitLens(model)
+    ranking = lens.topk(torch.zeros(2, lens.hidden_size), k=20, block_size=7)
+    assert torch.equal(ranking, torch.arange(20).expand(2, 20))
+
+
+def test_log_probability(model: Any) -> None:
+    lens = LogitLens(model)
+    hidden, tokens = torch.randn(6, lens.hidden_size), torch.tensor([0, 3, 9, 9, 20, 50])
+    logits = lens.activation(hidden, torch.arange(lens.vocab_size))
+    expected = logits.log_softmax(1)[torch.arange(6), tokens]
+    assert torch.allclose(lens.log_probability(hidden, tokens, block_size=13), expected, atol=1e-5)
+
+
+def test_wrapped_forward_functions(model: Any) -> None:
+    class Wrapper(nn.Module):
+        def __init__(self, inner: nn.Module) -> None:
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, ids: Tensor) -> Tensor:
+            return self.inner(input_ids=ids).logits
+
+    layer = model.get_decoder().layers[-1]
+    expected = LayerLogitLens(model, layer).attribute(IDS, target=3)
+    assert torch.equal(LayerLogitLens(Wrapper(model), layer).attribute(IDS, target=3), expected)
+    function = LayerLogitLens(lambda ids: model(input_ids=ids), layer, lens=LogitLens(model))
+    assert torch.equal(function.attribute(IDS, target=3), expected)
+    with pytest.raises(TypeError, match="lens=LogitLens"):
+        LayerLogitLens(lambda ids: model(input_ids=ids), layer)
+
+
+def test_errors(model: Any) -> None:
+    layer = model.get_decoder().layers[-1]
+    lens = LayerLogitLens(model, layer)
+    with pytest.raises(ValueError, match="outside the vocabulary"):
+        lens.attribute(IDS, target=10_000)
+    with pytest.raises(ValueError, match="3 targets for 2 examples"):
+        lens.attribute(IDS, target=[1, 2, 3])
+    with pytest.raises(ValueError, match="did not run"):
+        LayerLogitLens(model, nn.Linear(2, 2)).attribute(IDS, target=1)
+    with pytest.raises(TypeError, match="transformers model"):
+        LogitLens(nn.Linear(2, 2))  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="at least 1"):
+        lens.lens.topk(torch.zeros(1, lens.lens.hidden_size), k=0)
+
+
+def test_a_model_whose_logits_the_lens_cannot_give_is_refused() -> None:
+    model = PLAIN()
+    head = model.lm_head
+    model.lm_head = nn.Linear(32, 97, bias=False)
+    model.lm_head.register_forward_hook(lambda module, args, output: output.flip(-1))
+    model.set_output_embeddings(model.lm_head)
+    with pytest.raises(ValueError, match="lens would be wrong"):
+        LogitLens(model)
+    model.lm_head = head
+
+
+def test_hooks_are_given_back(model: Any) -> None:
+    def count() -> int:
+        return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
+
+    layer = model.get_decoder().layers[0]
+    model(IDS)
+    before = count()
+    LayerLogitLens(model, layer).attribute(IDS, target=1)
+    assert count() == before
+    with pytest.raises(RuntimeError, match="inside"), capture_outputs([layer]):
+        raise RuntimeError("inside")
+    assert count() == before
