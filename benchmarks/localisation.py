@@ -103,7 +103,7 @@ def sweep() -> dict[str, Explainer]:
         methods[f"MSEA {scales}"] = Method(scales)
     for aggregation in ("max", "geometric_mean"):
         methods[f"MSEA {aggregation}"] = Method(MSEA_SCALES, aggregation=aggregation)
-    for weighting in ("irrelevance", "relevance", "text_activation", "irrelevance*text_activation",
+    for weighting in ("uniform", "irrelevance", "relevance", "text_activation", "irrelevance*text_activation",
                       "relevance*text_activation"):  # fmt: skip
         for position in ("token", "prediction"):
             for least_squares in (True, False):

@@ -221,7 +221,7 @@ class Batches(Dataset[dict[str, Tensor]]):
                 if item.colour:
                     present[index, self.word_index[item.colour]] = 1
             questions = [scene.describe_question(rng), scene.exists_question(rng, self.classes)]
-            questions += [q for q in (scene.relation_question(rng) for _ in range(2)) if q is not None]
+            questions += [q for q in (scene.relation_question(rng) for _ in range(4)) if q is not None]
             ids, train, segment, position = list(prefix), [False] * len(prefix), [0] * len(prefix), [prefix_positions]
             for number, question in enumerate(dict.fromkeys(questions), start=1):
                 part, mask = self._segment(question, rng)
@@ -343,6 +343,7 @@ def train(
     world: Annotated[
         str, typer.Option(help="'demo', or 'other': unseen words and sprites, same architecture.")
     ] = "demo",
+    start_from: Annotated[Path | None, typer.Option(help="Begin with the weights of an exported checkpoint.")] = None,
     steps: int = 9000,
     learning_rate: float = 1.5e-3,
     presence_weight: float = 2.0,
@@ -372,15 +373,21 @@ def train(
         warm = min(1.0, (step + 1) / 200)
         return warm * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(1.0, step / steps))))
 
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
     start, checkpoint = 0, work / "checkpoint.pt"
+    if start_from is not None and not checkpoint.exists():
+        model.load_state_dict(
+            Qwen2VLForConditionalGeneration.from_pretrained(start_from, dtype=torch.float32).state_dict()
+        )
     if checkpoint.exists():
         state = torch.load(checkpoint, weights_only=True)
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
-        schedule.load_state_dict(state["schedule"])
         start = state["step"]
         print(f"resumed at step {start}", flush=True)
+    # The schedule follows from this call's options, so that a run can go on longer or faster than it was begun.
+    for group in optimizer.param_groups:
+        group["initial_lr"] = learning_rate
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate, last_epoch=start - 1)
     data = Batches(tokenizer, world, seed, steps)
     words = torch.tensor(tokenizer.convert_tokens_to_ids(data.words))
     end = min(steps, start + stop_after) if stop_after else steps
@@ -413,7 +420,6 @@ def train(
                 {
                     "model": model.state_dict(),
                     "optimizer": optimizer.state_dict(),
-                    "schedule": schedule.state_dict(),
                     "step": step + 1,
                 },
                 checkpoint,

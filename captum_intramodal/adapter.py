@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from PIL import Image
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from captum_intramodal.geometry import TokenGeometry, cached_geometry, visual_positions
 from captum_intramodal.logit_lens import LogitLens

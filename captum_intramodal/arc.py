@@ -19,6 +19,7 @@ from captum_intramodal.rankings import NORMALIZATIONS, Normalization, pairwise_r
 __all__ = ["ARC", "ActivationRankingCorrelation", "ContextRelevance", "suppress_interference"]
 
 Weighting = Literal[
+    "uniform",
     "irrelevance",
     "relevance",
     "text_activation",
@@ -26,6 +27,7 @@ Weighting = Literal[
     "relevance*text_activation",
 ]
 WEIGHTINGS: tuple[str, ...] = (
+    "uniform",
     "irrelevance",
     "relevance",
     "text_activation",
@@ -56,6 +58,7 @@ class ContextRelevance:
         if weighting not in WEIGHTINGS:
             raise ValueError(f"weighting must be one of {WEIGHTINGS}, got {weighting!r}.")
         factors = {
+            "uniform": torch.ones_like(self.relevance),
             "irrelevance": 1 - self.relevance,
             "relevance": self.relevance,
             "text_activation": self.text_activation,
@@ -150,6 +153,7 @@ class ActivationRankingCorrelation(Attribution):
     ===============================  =============================================
     ``weighting``                    :math:`\omega_{tj}`
     ===============================  =============================================
+    ``uniform``                      1, the control: rankings play no part
     ``irrelevance``                  :math:`1 - \rho_{tj}`
     ``relevance``                    :math:`\rho_{tj}`
     ``text_activation``              :math:`r_t(j) = \max(0, h_j \cdot w_t)` (TAM)
@@ -177,7 +181,7 @@ class ActivationRankingCorrelation(Attribution):
                     :func:`~captum_intramodal.rank_biased_overlap`.
                     Default: ``'truncated'``
         weighting (str, optional): See the table.
-                    Default: ``'irrelevance*text_activation'``
+                    Default: ``'irrelevance'``
         ranking_position (str, optional): A token's ranking is read at the token itself (``'token'``: what may follow
                     it) or at the position before, which predicted it (``'prediction'``).
                     Default: ``'token'``
@@ -207,7 +211,7 @@ class ActivationRankingCorrelation(Attribution):
         k: int = 50,
         p: float = 0.9,
         normalization: Normalization = "truncated",
-        weighting: Weighting = "irrelevance*text_activation",
+        weighting: Weighting = "irrelevance",
         ranking_position: RankingPosition = "token",
         least_squares: bool = True,
         strength: float = 1.0,

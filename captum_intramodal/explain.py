@@ -17,12 +17,10 @@ from captum_intramodal._version import __version__
 from captum_intramodal.adapter import ModelAdapter, Prompt
 from captum_intramodal.arc import ARC, ContextRelevance
 from captum_intramodal.explanation import Explanation
-from captum_intramodal.msea import Aggregation, check_scales, normalized_weights
+from captum_intramodal.msea import DEFAULT_SCALES, Aggregation, check_scales, normalized_weights
 from captum_intramodal.reading import read_answer
 
-__all__ = ["DEFAULT_SCALES", "explain"]
-
-DEFAULT_SCALES: tuple[float, ...] = (1.0, 1.5, 2.0)
+__all__ = ["explain"]
 
 
 def explain(
@@ -120,7 +118,7 @@ def explain(
         token_ids=reading.text.ids[shown],
         spans=reading.text.spans[shown],
         maps=[m[shown] for m in maps],
-        relevance=text_relevance(context, suppress)[shown][:, shown],
+        relevance=(context.text_activation * context.context)[shown][:, shown],
         probabilities=reading.probabilities,
         settings={
             "versions": {"captum_intramodal": __version__, "python": platform.python_version()}
@@ -155,12 +153,6 @@ def suppress_together(arc: ARC, maps: Sequence[Tensor], context: ContextRelevanc
     flat = arc.suppress(torch.cat([m.flatten(1) for m in maps], dim=1), context)
     parts = flat.split([m[0].numel() for m in maps], dim=1)
     return [part.reshape(m.shape) for part, m in zip(parts, maps, strict=True)]
-
-
-def text_relevance(context: ContextRelevance, suppress: bool) -> Tensor:
-    """What earlier tokens say for a token, with ARC only as far as their rankings agree; float32 (T, T)."""
-    activation = context.text_activation * context.context
-    return activation * context.relevance if suppress else activation
 
 
 def _check_images(images: Any) -> list[Image.Image]:

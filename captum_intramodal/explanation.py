@@ -41,7 +41,8 @@ class Explanation:
         token_ids (Tensor): Ids of the prompt's tokens, then of the answer's, int64 (n,).
         spans (Tensor): Characters of each token in the prompt or answer, int64 (n, 2).
         maps (list[Tensor]): Per picture the tokens' maps, float32 (n, rows, columns), not negative, all on one scale.
-        relevance (Tensor): How much each token (row) leans on each earlier one (column), float32 (n, n), not negative.
+        relevance (Tensor): How much each earlier token (column) speaks for a token (row): the logit lens of the token
+            at the earlier token's position, clipped at 0, 0 for the same token; float32 (n, n).
         probabilities (Tensor): Of the answer's tokens, each given all before it, float32 (n_answer,).
         settings (dict): Everything needed to repeat the explanation: versions, model id and revision, scales, options.
     """
@@ -150,7 +151,9 @@ class Explanation:
 
     def text_relevance(self, index: int | str | Word, part: Part = "answer") -> Tensor:
         r"""
-        How much a token or word leans on each earlier token.
+        How much each earlier token speaks for a token or word: the logit lens of the token's id at the earlier token's
+        position, clipped at 0 (TAM's text activation). The position right before a token, which predicts it, always
+        says much for it.
 
         Args:
 

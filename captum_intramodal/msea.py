@@ -14,7 +14,10 @@ from torch import Tensor
 
 from captum_intramodal._captum import format_output, format_tensor_into_tuples, is_tuple, log_usage
 
-__all__ = ["MSEA", "MultiScaleExplanationAggregation", "aggregate"]
+__all__ = ["DEFAULT_SCALES", "MSEA", "MultiScaleExplanationAggregation", "aggregate"]
+
+# What the first benchmark picks (benchmarks/localisation.py --sweep).
+DEFAULT_SCALES: tuple[float, ...] = (1.0, 1.5, 2.0)
 
 Aggregation = Literal["mean", "max", "geometric_mean"]
 AGGREGATIONS: tuple[str, ...] = ("mean", "max", "geometric_mean")
@@ -99,7 +102,7 @@ class MultiScaleExplanationAggregation(Attribution):
         attribution_method (Attribution): Any Captum method on inputs with spatial dimensions (N, C, ...), such as
                     ``IntegratedGradients(forward_func)``; a NoiseTunnel or another wrapper too.
         scales (Sequence[float], optional): Factors of the input's size.
-                    Default: ``(0.75, 1.0, 1.5)``
+                    Default: ``(1.0, 1.5, 2.0)``
         weights (Sequence[float], optional): Weight of each scale; normalised to sum 1.
                     Default: None, equal weights.
         aggregation (str, optional): ``'mean'``, ``'max'`` or ``'geometric_mean'``, see :func:`aggregate`.
@@ -120,7 +123,7 @@ class MultiScaleExplanationAggregation(Attribution):
     def __init__(
         self,
         attribution_method: Attribution,
-        scales: Sequence[float] = (0.75, 1.0, 1.5),
+        scales: Sequence[float] = DEFAULT_SCALES,
         weights: Sequence[float] | None = None,
         aggregation: Aggregation = "mean",
         interpolate_mode: Literal["linear", "nearest"] = "linear",

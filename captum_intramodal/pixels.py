@@ -29,7 +29,7 @@ class PixelForward(nn.Module):
         answer (str or Sequence[int]): The answer whose tokens are predicted, teacher-forced.
 
     Raises:
-        TypeError: the image processor has no torchvision version, or torchvision is not installed.
+        TypeError: at the first pass with gradients, if the image processor is not the torchvision-backed one.
 
     Examples::
 
@@ -42,11 +42,6 @@ class PixelForward(nn.Module):
 
     def __init__(self, adapter: ModelAdapter, prompt: Prompt, answer: str | Sequence[int]) -> None:
         super().__init__()
-        if getattr(adapter.processor.image_processor, "backend", "torchvision") == "pil":
-            raise TypeError(
-                f"{type(adapter.processor.image_processor).__name__} works on PIL images and cannot be differentiated; "
-                "install torchvision and load the processor with AutoProcessor.from_pretrained(path)."
-            )
         self.model = adapter.model
         self.adapter = adapter
         self.prompt = prompt
@@ -61,6 +56,13 @@ class PixelForward(nn.Module):
         floats = {
             key: value for key, value in pixels.items() if isinstance(value, Tensor) and value.is_floating_point()
         }
+        if picture.requires_grad and torch.is_grad_enabled() and not any(v.requires_grad for v in floats.values()):
+            name = type(self.adapter.processor.image_processor).__name__
+            raise TypeError(
+                f"No gradient passes through {name}; install torchvision and load the processor with "
+                "AutoProcessor.from_pretrained(path), which then takes its torchvision version (use_fast=True in early "
+                "transformers 5)."
+            )
         return encoding.inputs | {key: value.to(self.adapter.device) for key, value in floats.items()}
 
     def positions(self, picture: Tensor) -> Tensor:

@@ -115,6 +115,7 @@ def test_weightings(weighting: Any) -> None:
     relevance, activation = torch.tensor([[1.0, 0.25], [0.25, 1.0]]), torch.tensor([[3.0, 5.0], [4.0, 2.0]])
     context = ContextRelevance(relevance, activation, torch.tensor([[False, False], [True, False]]))
     expected = {
+        "uniform": 1.0,
         "irrelevance": 0.75,
         "relevance": 0.25,
         "text_activation": 4.0,

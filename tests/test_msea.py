@@ -169,9 +169,7 @@ def test_follows_the_inner_method(net: ConvNet) -> None:
 
 @pytest.mark.parametrize("aggregation", ["max", "geometric_mean"])
 def test_other_aggregations(net: ConvNet, image: Tensor, aggregation: Any) -> None:
-    maps = [
-        MSEA(Saliency(net), scales=(1.0, scale), weights=(0, 1)).attribute(image, target=1) for scale in (0.5, 2.0)
-    ]
+    maps = [MSEA(Saliency(net), scales=(1.0, scale), weights=(0, 1)).attribute(image, target=1) for scale in (0.5, 2.0)]
     both = MSEA(Saliency(net), scales=(0.5, 2.0), aggregation=aggregation)
     # Without 1.0 among the scales the size of the result is that of the scale closest to it.
     assert both.attribute(image, target=1).ndim == 4

@@ -243,3 +243,21 @@ def test_phone_width_needs_no_sideways_scrolling(page: Any) -> None:
         assert page.execute_script("return document.documentElement.scrollWidth") <= 390
     finally:
         page.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+
+
+def test_the_demos_own_page(browser: Any, tmp_path: Path) -> None:
+    from typer.testing import CliRunner
+
+    from captum_intramodal.cli import app
+
+    result = CliRunner().invoke(app, ["demo", "--out", str(tmp_path)])
+    assert result.exit_code == 0, result.output
+    browser.get_log("browser")
+    browser.get((tmp_path / "index.html").as_uri())
+    nouns = [n for n in browser.find_elements("css selector", ".word[data-index]") if len(n.text) > 3]
+    drawn = []
+    for node in nouns:
+        hover(browser, node)
+        drawn.append(heatmap(browser))
+    assert len(set(drawn)) == len({node.text for node in nouns}), "words share a heatmap"
+    assert browser.get_log("browser") == []

@@ -29,6 +29,13 @@ if processing_smolvlm.num2words is None:
     processing_smolvlm.num2words = str
 
 
+def _image_processor(family: str, **options: Any) -> Any:
+    """The torchvision-backed image processor, which early transformers 5 keeps under a name of its own."""
+    plain = getattr(transformers, f"{family}ImageProcessor")
+    cls = plain if hasattr(plain, "backend") else getattr(transformers, f"{family}ImageProcessorFast")
+    return cls(**options)
+
+
 def _tokenizer(image_token: str, *others: str, **named: str) -> PreTrainedTokenizerFast:
     special = ["<pad>", "<s>", "</s>", "<unk>", image_token, *others, *named.values()]
     vocabulary = {word: index for index, word in enumerate(dict.fromkeys([*special, *WORDS]))}
@@ -122,8 +129,8 @@ def _qwen(model_type: str) -> tuple[Any, Any]:
         )
         model_class, processor_class = transformers.Qwen2_5_VLForConditionalGeneration, transformers.Qwen2_5_VLProcessor
     processor = processor_class(
-        image_processor=transformers.Qwen2VLImageProcessor(
-            patch_size=14, merge_size=2, size={"shortest_edge": 4 * 28**2, "longest_edge": 160 * 28**2}
+        image_processor=_image_processor(
+            "Qwen2VL", patch_size=14, merge_size=2, size={"shortest_edge": 4 * 28**2, "longest_edge": 160 * 28**2}
         ),
         tokenizer=tokenizer,
         video_processor=transformers.Qwen2VLVideoProcessor(patch_size=14, merge_size=2),
@@ -142,9 +149,7 @@ def _llava() -> tuple[Any, Any]:
         tie_word_embeddings=False,
     )
     processor = transformers.LlavaProcessor(
-        image_processor=transformers.CLIPImageProcessor(
-            size={"shortest_edge": 112}, crop_size={"height": 112, "width": 112}
-        ),
+        image_processor=_image_processor("CLIP", size={"shortest_edge": 112}, crop_size={"height": 112, "width": 112}),
         tokenizer=tokenizer,
         patch_size=14,
         vision_feature_select_strategy="default",
@@ -171,12 +176,12 @@ def _idefics(model_type: str) -> tuple[Any, Any]:
     if model_type == "idefics3":
         config = transformers.Idefics3Config(vision_config=vision, tie_word_embeddings=False, **shared)
         processor = transformers.Idefics3Processor(
-            transformers.Idefics3ImageProcessor(**sizes), tokenizer, image_seq_len=16, chat_template=template
+            _image_processor("Idefics3", **sizes), tokenizer, image_seq_len=16, chat_template=template
         )
         return transformers.Idefics3ForConditionalGeneration(config), processor
     config = transformers.SmolVLMConfig(vision_config=vision, tie_word_embeddings=True, **shared)
     processor = transformers.SmolVLMProcessor(
-        transformers.SmolVLMImageProcessor(**sizes),
+        _image_processor("SmolVLM", **sizes),
         tokenizer,
         transformers.SmolVLMVideoProcessor(),
         image_seq_len=16,
@@ -202,8 +207,8 @@ def _internvl() -> tuple[Any, Any]:
         tie_word_embeddings=True,
     )
     processor = transformers.InternVLProcessor(
-        image_processor=transformers.GotOcr2ImageProcessor(
-            size={"height": 112, "width": 112}, crop_to_patches=True, min_patches=1, max_patches=6
+        image_processor=_image_processor(
+            "GotOcr2", size={"height": 112, "width": 112}, crop_to_patches=True, min_patches=1, max_patches=6
         ),
         tokenizer=tokenizer,
         video_processor=transformers.InternVLVideoProcessor(size={"height": 112, "width": 112}),
