@@ -83,7 +83,9 @@ def main(
                         1,
                     )
     table = Table("task", "right", "of", "accuracy", title=f"Held-out scenes, 256 x 192 px, {scenes} per row")
-    rows = [(name, hits, total, f"{100 * hits / max(1, total):.1f} %") for name, (hits, total) in sorted(right.items())]
+    rows = [
+        (name, hits, total, f"{100 * hits / total:.1f} %") for name, (hits, total) in sorted(right.items()) if total
+    ]
     for name, hits, total, share in rows:
         table.add_row(name, str(hits), str(total), share)
     Console(width=110).print(table)

@@ -75,7 +75,7 @@ class TAM:
         picture = reading.pictures[0]
         boxes = level.boxes(0, picture.size)
         grid = len(boxes[:, 1].round().unique()), len(boxes[:, 0].round().unique())
-        context = ARC(model=adapter.lens).compare([], reading.last, reading.text.ids)
+        context = ARC(model=adapter.lens).compare([reading.last], reading.last, reading.text.ids)
         ids = reading.text.ids
         maps = token_activation_map(
             level.activation, context.text_activation, ids[:, None] == ids, grid=grid, filter=self.filter

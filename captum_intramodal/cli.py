@@ -15,7 +15,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-if TYPE_CHECKING:  # torch and transformers take seconds to import; --help should not.
+if TYPE_CHECKING:
     from captum_intramodal.explanation import Explanation
 
 app = typer.Typer(
@@ -201,10 +201,12 @@ def _one_line() -> Iterator[None]:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Keeps other libraries' bars and notices out of the output."""
+    from huggingface_hub.utils import logging as hub_logging
     from transformers.utils import logging
 
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    level, bars, hub_level = logging.get_verbosity(), logging.is_progress_bar_enabled(), hub_logging.get_verbosity()
     logging.set_verbosity_error()
+    hub_logging.set_verbosity(hub_logging.CRITICAL)
     logging.disable_progress_bar()
     try:
         with warnings.catch_warnings():
@@ -212,6 +214,7 @@ def _quiet() -> Iterator[None]:
             yield
     finally:
         logging.set_verbosity(level)
+        hub_logging.set_verbosity(hub_level)
         if bars:
             logging.enable_progress_bar()
 

@@ -17,6 +17,7 @@ from captum_intramodal._version import __version__
 from captum_intramodal.adapter import ModelAdapter, Prompt
 from captum_intramodal.arc import ARC, ContextRelevance
 from captum_intramodal.explanation import Explanation
+from captum_intramodal.hooks import evaluation_mode
 from captum_intramodal.msea import DEFAULT_SCALES, Aggregation, check_scales, normalized_weights
 from captum_intramodal.reading import read_answer
 
@@ -95,9 +96,10 @@ def explain(
     ranking = ARC(model=adapter.lens, **(arc if isinstance(arc, Mapping) else {}))
     suppress = arc is not None and arc is not False
 
-    reading = read_answer(
-        adapter, pictures, prompt, answer, requested, layer, ranking.layers, max_new_tokens, progress or _silent
-    )
+    with evaluation_mode(model):
+        reading = read_answer(
+            adapter, pictures, prompt, answer, requested, layer, ranking.layers, max_new_tokens, progress or _silent
+        )
     if reading.dropped:
         warnings.warn(
             f"Scales {reading.dropped} show the model nothing new and are left out: its processor brings the pictures "

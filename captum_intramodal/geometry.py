@@ -30,6 +30,8 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from captum_intramodal.hooks import evaluation_mode
+
 __all__ = [
     "TokenGeometry",
     "cached_geometry",
@@ -200,20 +202,6 @@ def _layer0_input(model: PreTrainedModel, inputs: Mapping[str, Any]) -> Tensor:
         raise TypeError(f"The forward pass of {type(model).__name__} never reached its first decoder layer.")
     # Gemma 3n stacks several streams in front of the batch; the first one holds the embeddings.
     return captured[0].reshape(-1, *captured[0].shape[-2:])[0]
-
-
-@contextmanager
-def _evaluation(model: PreTrainedModel) -> Iterator[None]:
-    """Evaluation mode without gradients; training flags and random state are given back."""
-    training = [(module, module.training) for module in model.modules()]
-    devices = {parameter.device for parameter in model.parameters() if parameter.device.type == "cuda"}
-    model.eval()
-    try:
-        with torch.no_grad(), torch.random.fork_rng(devices=list(devices)):
-            yield
-    finally:
-        for module, flag in training:
-            module.training = flag
 
 
 def _attention_blocks(model: PreTrainedModel) -> list[nn.Module]:
@@ -629,7 +617,7 @@ def measure_geometry(model: PreTrainedModel, prepare: Prepare, image_sizes: Sequ
     """
     sizes = _checked_sizes(image_sizes)
     generator = torch.Generator().manual_seed(0)
-    with _evaluation(model):
+    with evaluation_mode(model):
         inputs = _model_inputs(model, prepare([_noise_picture(size, generator) for size in sizes]))
         pixels = _probe_pixels(prepare, sizes)
         for key, map_ in pixels.items():
@@ -834,7 +822,7 @@ def geometry_oracle(
             count += touches and int(geometry.image_index[strongest]) == image
         return count
 
-    with _evaluation(model):
+    with evaluation_mode(model):
         if not bypass:
             return hits() / blocks
         with _bypassed_attention(model, _model_inputs(model, prepare(pictures))):

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["capture_outputs", "first_tensor"]
+__all__ = ["capture_outputs", "evaluation_mode", "first_tensor", "run_layers"]
 
 
 class _Finished(Exception):
@@ -72,6 +72,20 @@ def capture_outputs(
     finally:
         for handle in handles:
             handle.remove()
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradients; training flags and random state are given back."""
+    training = [(module, module.training) for module in model.modules()]
+    devices = {parameter.device for parameter in model.parameters() if parameter.device.type == "cuda"}
+    model.eval()
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=list(devices)):
+            yield
+    finally:
+        for module, flag in training:
+            module.training = flag
 
 
 def run_layers(

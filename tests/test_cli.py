@@ -139,3 +139,45 @@ def test_as_a_module_and_without_arguments() -> None:
     )
     assert result.returncode == 0 and "explain" in result.stdout and "demo" in result.stdout
     assert runner.invoke(app, ["demo", "--picture", "9", "--out", "x"]).exit_code == 2
+
+
+WITHOUT_TORCHVISION = """
+import importlib.util, sys
+find = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *rest: None if name.split(".")[0] == "torchvision" else find(name, *rest)
+sys.modules["torchvision"] = None
+from captum_intramodal.cli import main
+main()
+"""
+
+
+@pytest.mark.parametrize(("family", "works"), [("llava", True), ("qwen2_vl", False)])
+def test_without_torchvision(family: str, works: bool, picture: Path, tmp_path: Path) -> None:
+    model, processor = tiny(family)
+    model.save_pretrained(tmp_path / "model")
+    processor.save_pretrained(tmp_path / "model")
+    arguments = ["--model", str(tmp_path / "model"), "--image", str(picture), "--prompt", "describe the picture"]
+    result = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            WITHOUT_TORCHVISION,
+            "explain",
+            *arguments,
+            "--scales",
+            "1",
+            "--out",
+            str(tmp_path / "out"),
+        ],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if works:
+        assert result.returncode == 0, result.stderr
+        assert (tmp_path / "out" / "index.html").exists()
+    else:
+        assert result.returncode == 2, result.stderr
+        assert "pip install torchvision" in " ".join(result.stderr.split())
+        assert len(result.stderr.strip().splitlines()) == 1
+        assert not (tmp_path / "out").exists()

@@ -154,6 +154,21 @@ def test_answer_as_ids(qwen: tuple[Any, Any]) -> None:
     assert as_ids.answer == "a dog"
 
 
+def test_a_model_in_training_mode_is_explained_without_dropout(qwen: tuple[Any, Any]) -> None:
+    model, processor = tiny("qwen2_vl")
+    arguments = (processor, picture(), "describe the picture", "a red dog")
+    expected = explain(model, *arguments, scales=(1.0,))
+    handle = (
+        model.get_decoder()
+        .layers[0]
+        .register_forward_hook(lambda module, args, output: F.dropout(output, 0.5, module.training))
+    )
+    actual = explain(model.train(), *arguments, scales=(1.0,))
+    handle.remove()
+    assert model.training
+    assert torch.equal(actual.maps[0], expected.maps[0])
+
+
 @pytest.mark.parametrize("training", [True, False])
 def test_borrowed_state_comes_back(training: bool) -> None:
     model, processor = tiny("internvl")

@@ -1,0 +1,101 @@
+r"""Which measure of text relevance tells the earlier words that the model really needs?
+
+    python benchmarks/text_relevance.py
+
+For each content word of a right answer (describe, relation, exists), every earlier text token is replaced by the
+unknown token, one at a time, and the drop of the word's log-probability is taken as the truth. A measure is good if its
+ranking of the earlier tokens agrees with it (Spearman) and its first token is the one that matters most (top 1).
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import torch
+import typer
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from torch import Tensor
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from captum_intramodal import ARC, ModelAdapter
+from captum_intramodal.demo import CHECKPOINT, Question, Scene, compose
+from captum_intramodal.demo.scenes import CLASSES, COLOURS
+from captum_intramodal.reading import read_answer
+
+HELD_OUT = 3_000_000
+CONTENT = {*CLASSES, *COLOURS, "yes", "no", "nothing"}
+NEEDED = 0.01  # smallest largest drop of log-probability at which a word depends on earlier words at all
+
+
+def spearman(a: Tensor, b: Tensor) -> float:
+    ranks = torch.stack([a.argsort().argsort(), b.argsort().argsort()]).double()
+    return float(torch.corrcoef(ranks)[0, 1])
+
+
+def log_probability_drops(adapter: ModelAdapter, scene: Scene, question: Question, positions: Tensor) -> Tensor:
+    """How much each token's log-probability (row) falls when a text token (column) is replaced; float32 (T, T)."""
+    inputs = adapter.encode(
+        adapter.prepare([scene.image], question.prompt), adapter.tokenize_answer(question.answer)
+    ).inputs
+    count, ids = len(positions), inputs["input_ids"][0]
+    batch = {key: value.repeat(count, *[1] * (value.ndim - 1)) for key, value in inputs.items()}
+    batch["input_ids"][torch.arange(count), positions] = adapter.tokenizer.unk_token_id
+    with torch.no_grad():
+        changed = adapter.run(batch).logits.log_softmax(-1)
+        original = adapter.run(inputs).logits[0].log_softmax(-1)
+    before, tokens = positions - 1, ids[positions]
+    return original[before, tokens][:, None] - changed[:, before, tokens].T
+
+
+def main(
+    model: Annotated[Path, typer.Option(help="Checkpoint directory.")] = CHECKPOINT,
+    scenes: int = 60,
+    threads: int = 1,
+) -> None:
+    torch.set_num_threads(threads)
+    adapter = ModelAdapter(
+        AutoModelForImageTextToText.from_pretrained(model, dtype=torch.float32).eval(),
+        AutoProcessor.from_pretrained(model),
+    )
+    agreement: dict[str, list[tuple[float, float]]] = defaultdict(list)
+    for index in track(range(scenes), description="Replacing words"):
+        scene, rng = compose(HELD_OUT + index), np.random.default_rng(index)
+        for question in (scene.describe_question(rng), scene.relation_question(rng), scene.exists_question(rng)):
+            if question is None:
+                continue
+            reading = read_answer(adapter, [scene.image], question.prompt, question.answer, (1.0,))
+            ids, states = reading.text.ids, list(reading.ranking_states.values())
+            drops = log_probability_drops(adapter, scene, question, reading.text.positions)
+            token, prediction = (
+                ARC(model=adapter.lens, ranking_position=at).compare(states, reading.last, ids)  # type: ignore[arg-type]
+                for at in ("token", "prediction")
+            )
+            measures = {
+                "text activation": token.text_activation,
+                "relevance (RBO at the token)": token.relevance,
+                "relevance (RBO at the prediction)": prediction.relevance,
+                "text activation x RBO at the token": token.text_activation * token.relevance,
+                "text activation x RBO at the prediction": token.text_activation * prediction.relevance,
+                "how recent the token is": torch.arange(len(ids)).float().expand(len(ids), -1),
+            }
+            for t in range(len(ids) - len(reading.probabilities), len(ids)):
+                drop = drops[t, :t]
+                if adapter.tokenizer.decode([int(ids[t])]) in CONTENT and float(drop.max()) > NEEDED:
+                    for name, values in measures.items():
+                        first = float(values[t, :t].argmax() == drop.argmax())
+                        agreement[name].append((spearman(values[t, :t], drop), first))
+    count = len(next(iter(agreement.values())))
+    table = Table("measure", "Spearman", "top 1", title=f"{count} words of {scenes} held-out scenes")
+    for name, values in agreement.items():
+        rank, first = np.nanmean(np.array(values), axis=0)
+        table.add_row(name, f"{rank:.3f}", f"{first:.3f}")
+    Console(width=100).print(table)
+
+
+if __name__ == "__main__":
+    typer.run(main)
