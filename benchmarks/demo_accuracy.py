@@ -11,13 +11,12 @@ from pathlib import Path
 from typing import Annotated
 
 import numpy as np
-import torch
 import typer
+from common import load_adapter
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from train_demo import WORLDS
-from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from captum_intramodal import ModelAdapter
 from captum_intramodal.demo import CHECKPOINT, Question, Scene, compose
@@ -49,11 +48,7 @@ def main(
     write: Annotated[bool, typer.Option("--write", help="Write the figures into the checkpoint's README.md.")] = False,
     threads: int = 1,
 ) -> None:
-    torch.set_num_threads(threads)
-    adapter = ModelAdapter(
-        AutoModelForImageTextToText.from_pretrained(model, dtype=torch.float32).eval(),
-        AutoProcessor.from_pretrained(model),
-    )
+    adapter = load_adapter(model, threads)
     classes, sprites = WORLDS[world]
     right: dict[str, list[int]] = defaultdict(lambda: [0, 0])
 

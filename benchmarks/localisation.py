@@ -21,12 +21,12 @@ from typing import Annotated, Any
 import numpy as np
 import torch
 import typer
+from common import load_adapter
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from torch import Tensor
 from train_demo import WORLDS
-from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from captum_intramodal import ARC, ModelAdapter
 from captum_intramodal.canvas import draw_on_canvas
@@ -193,11 +193,7 @@ def main(
     ] = None,
     threads: int = 1,
 ) -> None:
-    torch.set_num_threads(threads)
-    adapter = ModelAdapter(
-        AutoModelForImageTextToText.from_pretrained(model, dtype=torch.float32).eval(),
-        AutoProcessor.from_pretrained(model),
-    )
+    adapter = load_adapter(model, threads)
     results = evaluate(adapter, sweep() if sweep_options else MAIN, scenes, world, objects)
     summaries = {name: summarise(values) for name, values in results.items()}
     words = int(next(iter(results.values()))[:, 3].sum())

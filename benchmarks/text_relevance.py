@@ -16,11 +16,11 @@ from typing import Annotated
 import numpy as np
 import torch
 import typer
+from common import load_adapter
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from torch import Tensor
-from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from captum_intramodal import ARC, ModelAdapter
 from captum_intramodal.demo import CHECKPOINT, Question, Scene, compose
@@ -57,11 +57,7 @@ def main(
     scenes: int = 60,
     threads: int = 1,
 ) -> None:
-    torch.set_num_threads(threads)
-    adapter = ModelAdapter(
-        AutoModelForImageTextToText.from_pretrained(model, dtype=torch.float32).eval(),
-        AutoProcessor.from_pretrained(model),
-    )
+    adapter = load_adapter(model, threads)
     agreement: dict[str, list[tuple[float, float]]] = defaultdict(list)
     for index in track(range(scenes), description="Replacing words"):
         scene, rng = compose(HELD_OUT + index), np.random.default_rng(index)

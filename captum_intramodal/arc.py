@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from captum.attr import Attribution
@@ -26,14 +26,7 @@ Weighting = Literal[
     "irrelevance*text_activation",
     "relevance*text_activation",
 ]
-WEIGHTINGS: tuple[str, ...] = (
-    "uniform",
-    "irrelevance",
-    "relevance",
-    "text_activation",
-    "irrelevance*text_activation",
-    "relevance*text_activation",
-)
+WEIGHTINGS: tuple[str, ...] = get_args(Weighting)
 RankingPosition = Literal["token", "prediction"]
 
 

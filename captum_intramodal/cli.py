@@ -201,12 +201,14 @@ def _one_line() -> Iterator[None]:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Keeps other libraries' bars and notices out of the output."""
+    from logging import CRITICAL
+
     from huggingface_hub.utils import logging as hub_logging
     from transformers.utils import logging
 
     level, bars, hub_level = logging.get_verbosity(), logging.is_progress_bar_enabled(), hub_logging.get_verbosity()
     logging.set_verbosity_error()
-    hub_logging.set_verbosity(hub_logging.CRITICAL)
+    hub_logging.set_verbosity(CRITICAL)
     logging.disable_progress_bar()
     try:
         with warnings.catch_warnings():

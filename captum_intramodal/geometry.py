@@ -30,6 +30,7 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from captum_intramodal.decoder import decoder_layers
 from captum_intramodal.hooks import evaluation_mode
 
 __all__ = [
@@ -167,18 +168,6 @@ class _LayerReached(Exception):
     """Leaves a forward pass at the input of decoder layer 0."""
 
 
-def _decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
-    decoder = model.get_decoder()
-    layers = getattr(decoder, "layers", None)
-    if isinstance(layers, nn.ModuleList):
-        return layers
-    depth = getattr(model.config.get_text_config(decoder=True), "num_hidden_layers", None)
-    for _, module in decoder.named_modules():
-        if isinstance(module, nn.ModuleList) and len(module) == depth:
-            return module
-    raise TypeError(f"The decoder of {type(model).__name__} has no list of {depth} layers, so its input is unknown.")
-
-
 def _hidden_argument(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     return args[0] if args else kwargs.get("hidden_states", kwargs.get("hidden_state"))
 
@@ -191,7 +180,7 @@ def _layer0_input(model: PreTrainedModel, inputs: Mapping[str, Any]) -> Tensor:
         captured.append(_hidden_argument(args, kwargs))
         raise _LayerReached
 
-    handle = _decoder_layers(model)[0].register_forward_pre_hook(stop, with_kwargs=True)
+    handle = decoder_layers(model)[0].register_forward_pre_hook(stop, with_kwargs=True)
     try:
         model(**inputs, use_cache=False)
     except _LayerReached:
@@ -205,7 +194,7 @@ def _layer0_input(model: PreTrainedModel, inputs: Mapping[str, Any]) -> Tensor:
 
 
 def _attention_blocks(model: PreTrainedModel) -> list[nn.Module]:
-    decoder = set(_decoder_layers(model).modules())
+    decoder = set(decoder_layers(model).modules())
     lists = [m for m in model.modules() if isinstance(m, nn.ModuleList) and m not in decoder]
     return [
         block

@@ -11,12 +11,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from captum_intramodal._captum import format_additional_forward_args, format_tensor_into_tuples, log_usage
+from captum_intramodal.decoder import decoder_layers, final_norm
 from captum_intramodal.hooks import capture_outputs, run_layers
 
 __all__ = ["LayerLogitLens", "LogitLens"]
-
-# Where decoders keep their final norm, most common name first.
-_NORM_NAMES = ("norm", "final_layernorm", "embedding_norm", "final_layer_norm", "ln_f")
 
 
 class LogitLens:
@@ -40,8 +38,8 @@ class LogitLens:
                     Default: None, four text tokens.
 
     Raises:
-        TypeError: ``model`` is not a transformers model.
-        ValueError: the decoder's parts cannot be found, or its logits are not ``g(head(norm(h)))``.
+        TypeError: ``model`` is not a transformers model, or its decoder's layers cannot be found.
+        ValueError: it has no output embeddings, or its logits are not ``g(head(norm(h)))``.
 
     Examples::
 
@@ -53,18 +51,11 @@ class LogitLens:
     def __init__(self, model: PreTrainedModel, inputs: Mapping[str, Any] | None = None) -> None:
         if not hasattr(model, "get_output_embeddings"):
             raise TypeError(f"LogitLens needs a transformers model, got {type(model).__name__}.")
-        decoder = model.get_decoder()
-        if not hasattr(decoder, "layers"):
-            decoder = getattr(decoder, "model", decoder)
         head = model.get_output_embeddings()
-        layers = getattr(decoder, "layers", None)
-        if layers is None or head is None:
-            raise ValueError(
-                f"{type(model).__name__} has no decoder layers or no output embeddings where transformers models keep "
-                "them (get_decoder().layers, get_output_embeddings()); its logit lens cannot be read."
-            )
-        self.layers: nn.ModuleList = layers
-        self.norm: nn.Module = next((getattr(decoder, n) for n in _NORM_NAMES if hasattr(decoder, n)), nn.Identity())
+        if head is None:
+            raise ValueError(f"{type(model).__name__} has no output embeddings; its logit lens cannot be read.")
+        self.layers: nn.ModuleList = decoder_layers(model)
+        self.norm: nn.Module = final_norm(model)
         self.head: nn.Module = head
         self.factor: float = 1.0
         self.cap: float | None = None

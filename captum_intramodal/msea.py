@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +20,7 @@ __all__ = ["DEFAULT_SCALES", "MSEA", "MultiScaleExplanationAggregation", "aggreg
 DEFAULT_SCALES: tuple[float, ...] = (1.0, 1.5, 2.0)
 
 Aggregation = Literal["mean", "max", "geometric_mean"]
-AGGREGATIONS: tuple[str, ...] = ("mean", "max", "geometric_mean")
+AGGREGATIONS: tuple[str, ...] = get_args(Aggregation)
 
 
 def check_scales(scales: Sequence[float]) -> tuple[float, ...]:

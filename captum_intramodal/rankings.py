@@ -3,7 +3,7 @@ r"""Rank-biased overlap: how similar two rankings are, with more weight on their
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ from torch import Tensor
 __all__ = ["pairwise_rank_biased_overlap", "rank_biased_overlap"]
 
 Normalization = Literal["truncated", "minimum", "extrapolated"]
-NORMALIZATIONS: tuple[str, ...] = ("truncated", "minimum", "extrapolated")
+NORMALIZATIONS: tuple[str, ...] = get_args(Normalization)
 
 
 def rank_biased_overlap(a: Tensor, b: Tensor, p: float = 0.9, normalization: Normalization = "truncated") -> Tensor:

@@ -1,0 +1,40 @@
+r"""The parts of a transformers model's decoder, wherever its family keeps them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+__all__ = ["decoder_layers", "final_norm"]
+
+# Where decoders keep their final norm, most common name first.
+NORM_NAMES: tuple[str, ...] = ("norm", "final_layernorm", "embedding_norm", "final_layer_norm", "ln_f")
+
+
+def decoder_layers(model: Any) -> nn.ModuleList:
+    """The decoder's layers, in order.
+
+    Raises:
+        TypeError: the decoder has no list of as many modules as its config says it has layers.
+    """
+    decoder = model.get_decoder()
+    layers = getattr(decoder, "layers", None)
+    if isinstance(layers, nn.ModuleList):
+        return layers
+    depth = getattr(model.config.get_text_config(decoder=True), "num_hidden_layers", None)
+    for module in decoder.modules():
+        if isinstance(module, nn.ModuleList) and len(module) == depth:
+            return module
+    raise TypeError(f"The decoder of {type(model).__name__} has no list of {depth} layers, so it cannot be read.")
+
+
+def final_norm(model: Any) -> nn.Module:
+    """The norm between the last layer and the language-model head; the identity where there is none."""
+    decoder = model.get_decoder()
+    # Some families' get_decoder() returns the model with its head, one level up.
+    for owner in (decoder, getattr(decoder, "model", None)):
+        for name in NORM_NAMES:
+            if isinstance(norm := getattr(owner, name, None), nn.Module):
+                return norm
+    return nn.Identity()
