@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 if TYPE_CHECKING:
@@ -36,14 +37,8 @@ NoArcOption = Annotated[bool, typer.Option("--no-arc", help="Keep the activation
 
 def fail(message: str) -> NoReturn:
     """One clear line on standard error and exit code 2."""
-    errors.print(f"[bold red]error:[/] {_escape(' '.join(message.split()))}", highlight=False)
+    errors.print(f"[bold red]error:[/] {escape(' '.join(message.split()))}", highlight=False)
     raise typer.Exit(2)
-
-
-def _escape(text: str) -> str:
-    from rich.markup import escape
-
-    return escape(text)
 
 
 @app.command()
@@ -129,7 +124,7 @@ def _explain(
         dropped = ", ".join(f"{scale:g}" for scale in explanation.settings["dropped_scales"])
         console.print(f"Left out scale {dropped}: the processor brings the picture to the same size anyway.")
     _print_table(explanation)
-    page, sheet = (_escape(str(out / name)) for name in ("index.html", "overview.png"))
+    page, sheet = (escape(str(out / name)) for name in ("index.html", "overview.png"))
     console.print(f"\nOpen [bold]{page}[/] in a browser; all words on one sheet: {sheet}")
 
 
@@ -235,7 +230,7 @@ def _write(out: Path, explanation: Explanation, draw_overview: Callable[..., Any
 
 
 def _print_table(explanation: Explanation) -> None:
-    table = Table(title=_escape(explanation.answer), title_style="bold", title_justify="left")
+    table = Table(title=escape(explanation.answer), title_style="bold", title_justify="left")
     for heading, justify in (
         ("word", "left"),
         ("probability", "right"),
@@ -248,10 +243,10 @@ def _print_table(explanation: Explanation) -> None:
         earlier = explanation.earlier_tokens(word)
         best = int(relevance.argmax()) if relevance.numel() and float(relevance.max()) > 0 else None
         table.add_row(
-            _escape(word.text),
+            escape(word.text),
             f"{word.probability:.2f}",
             _place(explanation, word),
-            "" if best is None else _escape(earlier[best]),
+            "" if best is None else escape(earlier[best]),
         )
     console.print(table)
 

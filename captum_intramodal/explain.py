@@ -100,14 +100,20 @@ def explain(
         reading = read_answer(
             adapter, pictures, prompt, answer, requested, layer, ranking.layers, max_new_tokens, progress or _silent
         )
+    kept = [level.scale for level in reading.levels]
+    kept_weights = [weight_of.get(scale, 0.0) for scale in kept]
+    if len(kept) > 1 and not any(kept_weights):
+        raise ValueError(
+            f"The scales that are left, {kept}, have no weight, and {reading.dropped} show the model nothing new; give "
+            "another scale a weight."
+        )
+    weights = normalized_weights(kept, kept_weights if len(kept) > 1 else None)
     if reading.dropped:
         warnings.warn(
             f"Scales {reading.dropped} show the model nothing new and are left out: its processor brings the pictures "
             "to the same size as another scale.",
             stacklevel=2,
         )
-    kept = [level.scale for level in reading.levels]
-    weights = normalized_weights(kept, [weight_of.get(scale, 0.0) for scale in kept] if len(kept) > 1 else None)
     maps = reading.maps(weights, aggregation)
     context = ranking.compare(list(reading.ranking_states.values()), reading.last, reading.text.ids)
     if suppress:

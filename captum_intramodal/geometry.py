@@ -5,10 +5,11 @@ Three experiments, none of which knows the model's architecture:
 1. *Coordinate probe.* The model's own processor runs on synthetic pictures (black, white, a ramp and two waves per
    axis). What each element of its pixel tensors becomes tells which point of the picture that element samples, in
    whatever layout: flattened patches, tiles, thumbnails, channels first or last.
-2. *Sweep.* Pixel elements are changed strip by strip, and the visual tokens that differ at the input of decoder layer
-   0 are those that see the strip. The vision tower's attention blocks are replaced by the identity meanwhile; what
-   remains (patch embedding, merging, pooling, projection) is local, and an untouched input gives a bit-identical
-   output. A bisection finds the edges of all tokens at once, see :func:`_edges`.
+2. *Ownership.* Which visual tokens does each pixel element feed at the input of decoder layer 0? The vision tower's
+   attention blocks are replaced by the identity meanwhile; what remains (patch embedding, merging, pooling,
+   projection) is local. Where every element feeds one token, a few backward passes name that token, see
+   :meth:`_Sweep.owners`. Where elements are shared, or no gradient passes, a forward-only sweep changes the elements
+   strip by strip and sees which tokens differ; a bisection finds the edges of all tokens at once, see :func:`_edges`.
 3. *Oracle.* :func:`geometry_oracle` checks a geometry with small changes of the picture itself.
 """
 
@@ -20,7 +21,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -55,7 +56,13 @@ CACHE_SIZE = 128
 # Elements that pass on less than this fraction of the picture's contrast count as padding.
 MIN_GAIN = 0.25
 
+# Pictures of more pixels than this are measured on reduced ones where the processor shrinks them anyway.
+LARGE = 1 << 20
+
 _CHUNKS = 32
+# Ownership marks tokens by powers of two, so many bits of a token's number at once as the exponent's range allows.
+_DIGIT_BITS = {torch.float16: 3}
+_DIGIT_BITS_ELSE = 6
 
 
 @dataclass(frozen=True)
@@ -412,6 +419,80 @@ class _Sweep:
         hidden = _layer0_input(self.model, inputs)
         return hidden[self.positions.to(hidden.device)].float()
 
+    def owners(self) -> dict[str, Tensor] | None:
+        r"""The one visual token that each pixel element feeds, by backward passes.
+
+        If the read-out of token v is multiplied by :math:`2^{d_v}`, the gradient of an element that feeds v alone grows
+        by exactly that factor, bit for bit, and that of an element which feeds several tokens by no power of two. The
+        tokens' numbers are thus read digit by digit. Forward passes confirm the result.
+
+        Returns:
+            By pixel tensor the token's number, flat int64, -1 for elements that feed none; None where elements are
+            shared between tokens, or where no gradient passes (quantised or frozen towers, hard decisions).
+        """
+        owners = {key: torch.full((changed.numel(),), -1) for key, changed in self.changed.items()}
+        for seed in range(3):
+            try:
+                found = self._owners(seed)
+            except (RuntimeError, NotImplementedError):  # Not every operation has a backward pass.
+                return None
+            if found is None:
+                return None
+            owners = {key: torch.where(owner < 0, found[key], owner) for key, owner in owners.items()}
+            # An element without gradient may still matter: by chance, or as one that loses in a max pooling.
+            unowned = {key: owner < 0 for key, owner in owners.items()}
+            if not any(bool(mask.any()) for mask in unowned.values()) or not bool(self.reacts(unowned).any()):
+                break
+        else:
+            return None
+        count = len(self.positions)
+        fed = torch.zeros(count, dtype=torch.bool)
+        for owner in owners.values():
+            fed[owner[owner >= 0]] = True
+        half = torch.rand(count, generator=torch.Generator().manual_seed(1)) < 0.5
+        for group in (half, ~half):
+            hit = self.reacts({key: (owner >= 0) & group[owner.clamp_min(0)] for key, owner in owners.items()})
+            if not torch.equal(hit, group & fed):
+                return None
+        return owners
+
+    def _owners(self, seed: int) -> dict[str, Tensor] | None:
+        keys = list(self.changed)
+        leaves = [self.inputs[key].detach().clone().requires_grad_() for key in keys]
+        with torch.enable_grad():
+            hidden = _layer0_input(self.model, {**self.inputs, **dict(zip(keys, leaves, strict=True))})
+            hidden = hidden[self.positions.to(hidden.device)]
+            direction = torch.randn(hidden.shape[1], generator=torch.Generator().manual_seed(seed)).to(hidden)
+            readout = (hidden * direction).sum(dim=1)
+
+        bits = _DIGIT_BITS.get(readout.dtype, _DIGIT_BITS_ELSE)
+        base = 1 << bits
+
+        def gradient(exponents: Tensor) -> list[Tensor]:
+            factors = torch.exp2(exponents.float() - base // 2).to(readout)
+            grads = torch.autograd.grad(readout, leaves, factors, retain_graph=True, allow_unused=True)
+            return [
+                torch.zeros(leaf.numel()) if grad is None else grad.flatten().float().cpu()
+                for leaf, grad in zip(leaves, grads, strict=True)
+            ]
+
+        number = torch.arange(len(readout))
+        reference = gradient(torch.zeros_like(number))
+        found = [torch.zeros(len(grad), dtype=torch.int64) for grad in reference]
+        for shift in range(0, max(1, int(number[-1]).bit_length()), bits):
+            marked = gradient((number >> shift) & (base - 1))
+            for digits, grad, unit in zip(found, marked, reference, strict=True):
+                mantissa, exponent = torch.frexp(torch.where(unit != 0, grad / unit, 1.0))
+                digit = exponent.long() - 1
+                if bool(((mantissa != 0.5) | (digit < 0) | (digit >= base)).any()):
+                    return None
+                digits += digit << shift
+        if any(bool((digits >= len(readout)).any()) for digits in found):
+            return None
+        return {
+            key: digits.masked_fill(unit == 0, -1) for key, digits, unit in zip(keys, found, reference, strict=True)
+        }
+
     def reacts(self, masks: Mapping[str, Tensor]) -> Tensor:
         """Boolean, shape: V, on the CPU; masks are boolean and flat, one per pixel tensor."""
         inputs = dict(self.inputs)
@@ -489,6 +570,43 @@ def _edges(
     return first, last
 
 
+def _boxes_by_owner(
+    owners: Mapping[str, Tensor], pixels: Mapping[str, _Pixels], n_tokens: int, n_images: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """From the token that each element feeds: pictures x V that see, V that see padding only, and boxes, V x 4."""
+    per_image = torch.zeros(n_images, n_tokens, dtype=torch.bool)
+    fed = torch.zeros(n_tokens, dtype=torch.bool)
+    low, high = torch.full((2, n_tokens), math.inf), torch.full((2, n_tokens), -math.inf)
+    for key, map_ in pixels.items():
+        owner = owners[key]
+        fed[owner[owner >= 0]] = True
+        shows = (owner >= 0) & (map_.gain != 0)
+        token = owner[shows]
+        per_image[map_.owner[shows], token] = True
+        for axis in (0, 1):
+            low[axis].scatter_reduce_(0, token, map_.lower[axis, shows], "amin")
+            high[axis].scatter_reduce_(0, token, map_.upper[axis, shows], "amax")
+    return per_image, fed & ~per_image.any(dim=0), torch.cat([low, high]).T.contiguous()
+
+
+def _boxes_by_bisection(
+    sweep: _Sweep, pixels: Mapping[str, _Pixels], sizes: Sequence[Size]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same from forward passes alone, also where tokens share elements."""
+    per_image = torch.stack(
+        [
+            sweep.reacts({key: (map_.gain != 0) & (map_.owner == i) for key, map_ in pixels.items()})
+            for i in range(len(sizes))
+        ]
+    )
+    seen = per_image.any(dim=0)
+    padding = torch.zeros_like(seen)
+    if not bool(seen.all()) and any(bool((map_.gain == 0).any()) for map_ in pixels.values()):
+        padding = ~seen & sweep.reacts({key: map_.gain == 0 for key, map_ in pixels.items()})
+    axes = [_measure_axis(sweep, pixels, axis, max(size[axis] for size in sizes), seen) for axis in (0, 1)]
+    return per_image, padding, torch.stack([axes[0][:, 0], axes[1][:, 0], axes[0][:, 1], axes[1][:, 1]], dim=1)
+
+
 def _measure_axis(sweep: _Sweep, pixels: Mapping[str, _Pixels], axis: int, length: int, tokens: Tensor) -> Tensor:
     """Both ends of every token along an axis in pixels, shape: V x 2."""
     levels = max(1, math.ceil(math.log2(length / PRECISION)))
@@ -511,6 +629,8 @@ def _measure_axis(sweep: _Sweep, pixels: Mapping[str, _Pixels], axis: int, lengt
 
 def _shared(sweep: _Sweep, pixels: Mapping[str, _Pixels], suspects: Tensor) -> Tensor:
     """Which of the suspects have no pixels of their own: wherever they react, another token reacts as well."""
+    if not bool(suspects.any()):
+        return suspects
     alone = torch.zeros_like(suspects)
     nothing = {key: torch.zeros(len(map_.gain), dtype=torch.bool) for key, map_ in pixels.items()}
     for key, map_ in pixels.items():
@@ -522,6 +642,15 @@ def _shared(sweep: _Sweep, pixels: Mapping[str, _Pixels], suspects: Tensor) -> T
                 if int(hit.sum()) == 1:
                     alone |= hit
     return suspects & ~alone
+
+
+def _span_all(boxes: Tensor, seen: Tensor, image_index: Tensor, n_images: int) -> Tensor:
+    """Which tokens span nearly all that is seen of their picture, in both directions."""
+    covered = torch.full((n_images, 2), math.nan)
+    for i in range(n_images):
+        if bool((mine := boxes[seen & (image_index == i)]).numel()):
+            covered[i] = mine[:, 2:].amax(dim=0) - mine[:, :2].amin(dim=0)
+    return ((boxes[:, 2:] - boxes[:, :2]) / covered[image_index] >= GLOBAL_SPAN).all(dim=1)
 
 
 def _fill_image_index(index: Tensor, positions: Tensor, seen: Tensor) -> Tensor:
@@ -559,6 +688,26 @@ def _checked_sizes(image_sizes: Sequence[Size]) -> tuple[Size, ...]:
     return sizes
 
 
+def _reduced_sizes(prepare: Prepare, sizes: tuple[Size, ...]) -> tuple[Size, ...]:
+    """Smaller sizes with the same geometry: the processor makes tensors of the same shapes, and still shrinks them."""
+    n_pixels = sum(width * height for width, height in sizes)
+    if n_pixels <= LARGE:
+        return sizes
+
+    def shapes(sizes: tuple[Size, ...]) -> dict[str, torch.Size]:
+        inputs = prepare([Image.new("RGB", size) for size in sizes])
+        return {k: v.shape for k, v in inputs.items() if isinstance(v, Tensor) and v.is_floating_point()}
+
+    original = shapes(sizes)
+    # What the model sees, at least: more where the processor repeats pixels (frames, a thumbnail).
+    kept = sum(shape.numel() for shape in original.values()) / 3
+    factor = math.floor(math.sqrt(n_pixels / (4 * max(kept, 1))))
+    smaller = tuple(
+        (max(1, round(width / factor)), max(1, round(height / factor))) for width, height in sizes if factor
+    )
+    return smaller if factor > 1 and shapes(smaller) == original else sizes
+
+
 def _noise_picture(size: Size, generator: torch.Generator) -> Image.Image:
     pixels = torch.randint(0, 256, (size[1], size[0], 3), generator=generator, dtype=torch.uint8)
     return Image.fromarray(pixels.numpy())
@@ -569,7 +718,9 @@ def measure_geometry(model: PreTrainedModel, prepare: Prepare, image_sizes: Sequ
 
     The boxes depend on the picture sizes, the processor's settings and the model's structure, not on the weights, the
     text or what the pictures show. See the module's description for the method. Decoder layers never run, and the
-    vision tower's attention hardly ever; what runs 50 to 150 times is the patch embedding and the projector.
+    vision tower's attention hardly ever; what runs about 10 times, or 50 to 150 times where tokens share pixels, is the
+    patch embedding and the projector. Pictures of more than a megapixel that the processor shrinks to less than half of
+    their sides are measured on smaller ones, whose boxes are scaled up.
 
     A box is all that a token sees without the tower's attention. Where a convolutional tower gives tokens overlapping
     receptive fields (got_ocr2, fast_vlm), their boxes overlap as well.
@@ -605,6 +756,11 @@ def measure_geometry(model: PreTrainedModel, prepare: Prepare, image_sizes: Sequ
         (torch.Size([322, 4]), (0.0, 0.0, 640.0, 400.0))
     """
     sizes = _checked_sizes(image_sizes)
+    smaller = _reduced_sizes(prepare, sizes)
+    if smaller != sizes:
+        geometry = measure_geometry(model, prepare, smaller)
+        factors = torch.tensor([[w / v, h / u] * 2 for (w, h), (v, u) in zip(sizes, smaller, strict=True)])
+        return replace(geometry, boxes=geometry.boxes * factors[geometry.image_index], image_sizes=sizes)
     generator = torch.Generator().manual_seed(0)
     with evaluation_mode(model):
         inputs = _model_inputs(model, prepare([_noise_picture(size, generator) for size in sizes]))
@@ -618,31 +774,17 @@ def measure_geometry(model: PreTrainedModel, prepare: Prepare, image_sizes: Sequ
                 )
         with _bypassed_attention(model, inputs):
             sweep = _Sweep(model, inputs, pixels)
-            per_image = torch.stack(
-                [
-                    sweep.reacts({key: (map_.gain != 0) & (map_.owner == i) for key, map_ in pixels.items()})
-                    for i in range(len(sizes))
-                ]
-            )
+            owners = sweep.owners()
+            if owners is not None:
+                per_image, padding, boxes = _boxes_by_owner(owners, pixels, len(sweep.positions), len(sizes))
+            else:
+                per_image, padding, boxes = _boxes_by_bisection(sweep, pixels, sizes)
             seen = per_image.any(dim=0)
-            padding = torch.zeros_like(seen)
-            if not bool(seen.all()) and any(bool((map_.gain == 0).any()) for map_ in pixels.values()):
-                padding = ~seen & sweep.reacts({key: map_.gain == 0 for key, map_ in pixels.items()})
-            image_index = _fill_image_index(per_image.long().argmax(dim=0), sweep.positions.cpu(), seen)
-
-            axes = [_measure_axis(sweep, pixels, axis, max(size[axis] for size in sizes), seen) for axis in (0, 1)]
-            boxes = torch.stack([axes[0][:, 0], axes[1][:, 0], axes[0][:, 1], axes[1][:, 1]], dim=1)
             boxes[~seen] = math.nan
-
-            covered = torch.full((len(sizes), 2), math.nan)
-            for i in range(len(sizes)):
-                if bool((mine := boxes[seen & (image_index == i)]).numel()):
-                    covered[i] = mine[:, 2:].amax(dim=0) - mine[:, :2].amin(dim=0)
-            spans = (boxes[:, 2:] - boxes[:, :2]) / covered[image_index]
-            suspects = seen & (spans >= GLOBAL_SPAN).all(dim=1)
+            image_index = _fill_image_index(per_image.long().argmax(dim=0), sweep.positions.cpu(), seen)
             overall = per_image.sum(dim=0) > 1
-            if bool(suspects.any()) and int(seen.sum()) > 1:
-                overall |= _shared(sweep, pixels, suspects)
+            if owners is None and int(seen.sum()) > 1:
+                overall |= _shared(sweep, pixels, seen & _span_all(boxes, seen, image_index, len(sizes)))
         unknown = ~seen & ~padding
         if bool(unknown.any()):
             sweep.rebase()

@@ -2,8 +2,9 @@ r"""What the model says: one teacher-forced pass over prompt and answer, and one
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from PIL import Image
@@ -144,7 +145,7 @@ def read_answer(
     text = TextTokens.of(adapter, encoding, _shown_prompt(prompt))
 
     report("Finding out what each visual token sees")
-    geometries, dropped = _levels(adapter, pictures, scales)
+    geometries, dropped = _levels(adapter, pictures, scales, _shrinks(prompt_inputs, pictures))
 
     report(f"Reading the answer ({len(answer_ids)} tokens)")
     (lens_layer,) = select_layers(adapter.lens, [layer])
@@ -190,8 +191,14 @@ def _visual_states(
     return hidden
 
 
+def _shrinks(inputs: Mapping[str, Any], pictures: list[Image.Image]) -> bool:
+    """Whether the processor at least halves the pictures' sides, so that nothing can come of enlarging them."""
+    elements = sum(v.numel() for v in inputs.values() if isinstance(v, Tensor) and v.is_floating_point())
+    return 4 * elements / 3 < sum(picture.width * picture.height for picture in pictures)
+
+
 def _levels(
-    adapter: ModelAdapter, pictures: list[Image.Image], scales: Sequence[float]
+    adapter: ModelAdapter, pictures: list[Image.Image], scales: Sequence[float], shrinks: bool
 ) -> tuple[dict[float, TokenGeometry], list[float]]:
     """Geometry at each scale that shows the model something of its own, and the scales that do not."""
     sizes = [picture.size for picture in pictures]
@@ -200,6 +207,9 @@ def _levels(
     dropped: list[float] = []
     # Upwards from the original: an enlargement repeats whatever smaller one has the same tokens.
     for scale in sorted(scales, key=lambda s: (s > 1, s)):
+        if shrinks and scale > 1:
+            dropped.append(scale)
+            continue
         resized = [(max(1, round(width * scale)), max(1, round(height * scale))) for width, height in sizes]
         geometry = original if scale == 1.0 else adapter.geometry(resized)
         twins = [original, *(g for s, g in kept.items() if s > 1)] if scale > 1 else []

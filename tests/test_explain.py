@@ -116,6 +116,33 @@ def test_a_fixed_size_model_drops_enlargements() -> None:
     assert result.settings["dropped_scales"] == [1.5, 2.0]
 
 
+def test_weights_of_scales_that_are_left() -> None:
+    model, processor = tiny("llava")
+    arguments = (model, processor, picture(), "describe the picture", "a dog")
+    with pytest.warns(UserWarning, match="nothing new"):
+        result = explain(*arguments, scales=(0.5, 1.0, 2.0), scale_weights=(1, 3, 4))
+    assert result.settings["scale_weights"] == [0.25, 0.75]
+    with pytest.raises(ValueError, match=r"\[0\.5, 1\.0\], have no weight, and \[2\.0\]"):
+        explain(*arguments, scales=(0.5, 1.0, 2.0), scale_weights=(0, 0, 1))
+
+
+def test_a_large_picture_is_not_enlarged_where_the_processor_shrinks_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, processor = tiny("qwen2_vl")
+    largest = 0
+    resize = Image.Image.resize
+
+    def watched(self: Image.Image, size: tuple[int, int], *args: Any, **kwargs: Any) -> Image.Image:
+        nonlocal largest
+        largest = max(largest, size[0] * size[1])
+        return resize(self, size, *args, **kwargs)
+
+    monkeypatch.setattr(Image.Image, "resize", watched)
+    with pytest.warns(UserWarning, match=r"\[2\.0\] show the model nothing new"):
+        result = explain(model, processor, picture(1500, 1200), "describe the picture", "a dog", scales=(0.5, 1.0, 2.0))
+    assert result.settings["scales"] == [0.5, 1.0]
+    assert largest <= 1500 * 1200
+
+
 def test_several_pictures(qwen: tuple[Any, Any]) -> None:
     model, processor = qwen
     images = [picture(224, 168), picture(112, 112, seed=1)]

@@ -6,6 +6,7 @@ from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -145,6 +146,19 @@ class TestFamilies:
         assert geometry_oracle(model, prepare, [picture(size)], transposed, blocks=20) <= 0.5
         assert geometry_oracle(model, prepare, [picture(size)], shifted, blocks=20) <= 0.5
 
+    def test_ownership_and_bisection_agree(self, model_type: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        model, processor = tiny(model_type)
+        prepare, size = preparer(processor), (200, 136)
+        found: list[Any] = []
+        owners = geometry_module._Sweep.owners
+        monkeypatch.setattr(geometry_module._Sweep, "owners", lambda self: found.append(owners(self)) or found[-1])
+        owned = measure_geometry(model, prepare, [size])
+        assert found[0] is not None
+        monkeypatch.setattr(geometry_module._Sweep, "owners", lambda self: None)
+        swept = measure_geometry(model, prepare, [size])
+        assert owned.kinds == swept.kinds
+        torch.testing.assert_close(owned.boxes, swept.boxes, atol=geometry_module.PRECISION, rtol=0)
+
     def test_bfloat16(self, model_type: str) -> None:
         model, processor = tiny(model_type)
         prepare, size = preparer(processor), (200, 136)
@@ -184,7 +198,7 @@ class TestFamilies:
         def fail(*args: Any, **kwargs: Any) -> None:
             nonlocal calls
             calls += 1
-            if calls == 20:
+            if calls > 2:
                 raise RuntimeError("broken on purpose")
 
         handle = model.register_forward_pre_hook(fail, with_kwargs=True)
@@ -202,6 +216,31 @@ class TestFamilies:
         answer = model.generate(**inputs, max_new_tokens=4, do_sample=False)[0, inputs["input_ids"].shape[1] :]
         assert len(answer) >= 3
         assert processor.tokenizer.decode(answer, skip_special_tokens=True).strip()
+
+
+class TestLargePictures:
+    def test_measured_on_smaller_ones(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        model, processor = tiny("llava")
+        plain, largest = preparer(processor), 0
+
+        def prepare(images: list[Image.Image]) -> Any:
+            nonlocal largest
+            largest = max(largest, *(sum(np.array(image).ravel() > 0) for image in images))
+            return plain(images)
+
+        size = (1600, 1000)
+        geometry = measure_geometry(model, prepare, [size])
+        assert 0 < largest < 1600 * 1000
+        assert geometry.image_sizes == (size,)
+        monkeypatch.setattr(geometry_module, "LARGE", math.inf)
+        exact = measure_geometry(model, plain, [size])
+        assert geometry.kinds == exact.kinds
+        assert iou(geometry.boxes, exact.boxes).min() >= 0.97
+
+    def test_not_where_the_model_sees_every_pixel(self) -> None:
+        sizes = ((1600, 1000),)
+        whole = lambda images: {"pixel_values": torch.zeros(1, 3, images[0].height, images[0].width)}  # noqa: E731
+        assert geometry_module._reduced_sizes(whole, sizes) == sizes
 
 
 class TestKinds:
