@@ -31,6 +31,7 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from captum_intramodal.coordinates import PixelMap, Prepare, Size, measure_pixels
 from captum_intramodal.decoder import decoder_layers
 from captum_intramodal.hooks import evaluation_mode
 
@@ -43,9 +44,6 @@ __all__ = [
     "visual_positions",
 ]
 
-Prepare = Callable[[list[Image.Image]], Mapping[str, Any]]
-Size = tuple[int, int]
-
 IMAGE_TOKEN_ATTRIBUTES = ("image_token_id", "image_token_index", "image_patch_id")
 
 # Edges are found to this many pixels of the original picture.
@@ -53,8 +51,6 @@ PRECISION = 0.5
 # A token that spans this fraction of what its picture's tokens see, in both directions, may be a global one.
 GLOBAL_SPAN = 0.95
 CACHE_SIZE = 128
-# Elements that pass on less than this fraction of the picture's contrast count as padding.
-MIN_GAIN = 0.25
 
 # Pictures of more pixels than this are measured on reduced ones where the processor shrinks them anyway.
 LARGE = 1 << 20
@@ -251,149 +247,13 @@ def _bypassed_attention(model: PreTrainedModel, inputs: Mapping[str, Any]) -> It
                 vars(block)["forward"] = forward
 
 
-# ------------------------------------------------------------------------------------------------ coordinate probe
-
-
-def _gray(rows: np.ndarray, columns: np.ndarray) -> Image.Image:
-    """Gray picture with the values (0 to 255) that vary along one of the axes."""
-    values = np.broadcast_to(rows[:, None] + columns[None, :], (len(rows), len(columns)))
-    return Image.fromarray(np.rint(values).clip(0, 255).astype(np.uint8)).convert("RGB")
-
-
-def _wave_period(length: int) -> float:
-    """Long against the sampling pitch of any processor, short enough that 8 bits resolve a fraction of a pixel."""
-    return max(64.0, length / 8)
-
-
-@dataclass(frozen=True)
-class _Pixels:
-    """What the elements of one of the processor's pixel tensors sample.
-
-    ``lower`` and ``upper`` are the element's extent in pixels of its picture along x and y (2 x elements); ``gain`` is
-    its change from black to white, 0 for padding; ``owner`` is the picture's index.
-    """
-
-    shape: torch.Size
-    lower: Tensor
-    upper: Tensor
-    gain: Tensor
-    owner: Tensor
-
-
-def _spacing(coordinates: Tensor, length: float) -> Tensor:
-    """Distance of every element to the nearest element with another coordinate next to it in memory.
-
-    The smaller of the distances to the previous and to the next run of equal coordinates is the sampling pitch in any
-    layout that keeps rows or columns of pixels together; the jumps between rows, channels and tiles are larger.
-    """
-    new = torch.cat([torch.ones(1, dtype=torch.bool), coordinates.diff().abs() > 0.02])
-    runs = coordinates[new]
-    gaps = torch.cat([torch.tensor([length]), runs.diff().abs(), torch.tensor([length])])
-    nearest = torch.minimum(gaps[:-1], gaps[1:]).clamp_max(length)
-    return nearest[new.cumsum(0) - 1]
-
-
-def _probe_pixels(prepare: Prepare, sizes: Sequence[Size]) -> dict[str, _Pixels]:
-    """Coordinate probe: extent, gain and picture of every element of every float tensor that shows the pictures."""
-
-    def constant(levels: Sequence[float]) -> dict[str, Tensor]:
-        pictures = [_gray(np.full(h, v), np.zeros(w)) for (w, h), v in zip(sizes, levels, strict=True)]
-        return run(pictures)
-
-    def pattern(axis: int, profile_of: Callable[[np.ndarray, int], np.ndarray]) -> dict[str, Tensor]:
-        pictures = []
-        for size in sizes:
-            profile = profile_of(np.arange(size[axis]) + 0.5, size[axis])
-            zeros = np.zeros(size[1 - axis])
-            pictures.append(_gray(zeros, profile) if axis == 0 else _gray(profile, zeros))
-        return run(pictures)
-
-    def run(pictures: list[Image.Image]) -> dict[str, Tensor]:
-        inputs = prepare(pictures)
-        return {k: v.float().cpu() for k, v in inputs.items() if isinstance(v, Tensor) and v.is_floating_point()}
-
-    black, white = constant([0.0] * len(sizes)), constant([255.0] * len(sizes))
-    gains: dict[str, Tensor] = {}
-    for key, low in black.items():
-        high = white.get(key)
-        if high is None or high.shape != low.shape:
-            raise ValueError(
-                f"The processor returns {key!r} of shape {tuple(low.shape)} for black pictures and "
-                f"{None if high is None else tuple(high.shape)} for white ones of the same sizes {list(sizes)}; it "
-                "crops by content, so its tokens have no fixed boxes."
-            )
-        gain = torch.where((high - low).isfinite(), high - low, 0.0).flatten()
-        # Where a resize mixes picture and padding, 8 bits no longer resolve the picture's share.
-        gain = gain.masked_fill(gain.abs() < MIN_GAIN * gain.abs().max(), 0.0)
-        if bool((gain != 0).any()):
-            gains[key] = gain
-    if not gains:
-        shapes = {key: tuple(value.shape) for key, value in black.items()}
-        raise ValueError(
-            f"None of the processor's {len(shapes)} float tensors {shapes} differs between black and white pictures: "
-            "it normalises every picture by its own contrast, or prepare ignores the pictures it is given."
-        )
-
-    def level(results: Mapping[str, Tensor], key: str) -> Tensor:
-        result = results.get(key)
-        if result is None or result.shape != black[key].shape:
-            raise ValueError(f"The shape of the processor's {key!r} depends on the picture's content; no fixed boxes.")
-        return torch.where(gains[key] != 0, (result - black[key]).flatten() / gains[key], 0.0)
-
-    owners = {key: torch.zeros(len(gain), dtype=torch.int64) for key, gain in gains.items()}
-    for i in range(1, len(sizes)):
-        single = constant([255.0 if j == i else 0.0 for j in range(len(sizes))])
-        for key in gains:
-            owners[key][level(single, key) > 0.5] = i
-
-    extents: dict[str, list[tuple[Tensor, Tensor]]] = {key: [] for key in gains}
-    for axis in (0, 1):
-        lengths = torch.tensor([float(size[axis]) for size in sizes])
-        # The ramp tells which period of the wave a point lies in, and the wave's phase where: 8 bits resolve a fraction
-        # of a pixel this way, and a resize that dampens the wave does not shift its phase.
-        periods = torch.tensor([_wave_period(size[axis]) for size in sizes])
-        ramp = pattern(axis, lambda t, n: 255 * t / n)
-        sine = pattern(axis, lambda t, n: 127.5 + 127.5 * np.sin(2 * np.pi * t / _wave_period(n)))
-        cosine = pattern(axis, lambda t, n: 127.5 + 127.5 * np.cos(2 * np.pi * t / _wave_period(n)))
-        for key, gain in gains.items():
-            length, period = lengths[owners[key]], periods[owners[key]]
-            coarse = level(ramp, key) * length
-            phase = torch.atan2(level(sine, key) - 0.5, level(cosine, key) - 0.5) / (2 * math.pi) * period
-            position = coarse + torch.remainder(phase - coarse + period / 2, period) - period / 2
-            seen = gain != 0
-            if bool(((position < -period / 4) | (position > length + period / 4))[seen].any()):
-                raise ValueError(
-                    f"The processor's {key!r} does not follow the picture's brightness linearly, so the pixels that "
-                    "its elements sample cannot be told; does it normalise every picture by its own contrast?"
-                )
-            half = torch.zeros_like(position)
-            half[seen] = _spacing(position[seen], float(lengths.max())) / 2
-            lower, upper = position - half, position + half
-            # A resampling filter is cut off at the picture's border, which pulls the outermost elements inwards.
-            slack = half.clamp_min(0.5)
-            lower = torch.where(lower < slack, 0.0, lower)
-            upper = torch.where(upper > length - slack, length, upper)
-            extents[key].append((lower, upper))
-
-    return {
-        key: _Pixels(
-            shape=black[key].shape,
-            lower=torch.stack([low for low, _ in extents[key]]),
-            upper=torch.stack([high for _, high in extents[key]]),
-            gain=gains[key],
-            owner=owners[key],
-        )
-        for key in gains
-    }
-
-
 # ----------------------------------------------------------------------------------------------------------- sweep
 
 
 class _Sweep:
     """Which visual tokens react when some of the pixel elements change."""
 
-    def __init__(self, model: PreTrainedModel, inputs: Mapping[str, Any], pixels: Mapping[str, _Pixels]) -> None:
+    def __init__(self, model: PreTrainedModel, inputs: Mapping[str, Any], pixels: Mapping[str, PixelMap]) -> None:
         self.model = model
         self.inputs = inputs
         self.positions = visual_positions(model, inputs["input_ids"])
@@ -571,7 +431,7 @@ def _edges(
 
 
 def _boxes_by_owner(
-    owners: Mapping[str, Tensor], pixels: Mapping[str, _Pixels], n_tokens: int, n_images: int
+    owners: Mapping[str, Tensor], pixels: Mapping[str, PixelMap], n_tokens: int, n_images: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """From the token that each element feeds: pictures x V that see, V that see padding only, and boxes, V x 4."""
     per_image = torch.zeros(n_images, n_tokens, dtype=torch.bool)
@@ -582,7 +442,7 @@ def _boxes_by_owner(
         fed[owner[owner >= 0]] = True
         shows = (owner >= 0) & (map_.gain != 0)
         token = owner[shows]
-        per_image[map_.owner[shows], token] = True
+        per_image[map_.image_index[shows], token] = True
         for axis in (0, 1):
             low[axis].scatter_reduce_(0, token, map_.lower[axis, shows], "amin")
             high[axis].scatter_reduce_(0, token, map_.upper[axis, shows], "amax")
@@ -590,12 +450,12 @@ def _boxes_by_owner(
 
 
 def _boxes_by_bisection(
-    sweep: _Sweep, pixels: Mapping[str, _Pixels], sizes: Sequence[Size]
+    sweep: _Sweep, pixels: Mapping[str, PixelMap], sizes: Sequence[Size]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The same from forward passes alone, also where tokens share elements."""
     per_image = torch.stack(
         [
-            sweep.reacts({key: (map_.gain != 0) & (map_.owner == i) for key, map_ in pixels.items()})
+            sweep.reacts({key: (map_.gain != 0) & (map_.image_index == i) for key, map_ in pixels.items()})
             for i in range(len(sizes))
         ]
     )
@@ -607,7 +467,7 @@ def _boxes_by_bisection(
     return per_image, padding, torch.stack([axes[0][:, 0], axes[1][:, 0], axes[0][:, 1], axes[1][:, 1]], dim=1)
 
 
-def _measure_axis(sweep: _Sweep, pixels: Mapping[str, _Pixels], axis: int, length: int, tokens: Tensor) -> Tensor:
+def _measure_axis(sweep: _Sweep, pixels: Mapping[str, PixelMap], axis: int, length: int, tokens: Tensor) -> Tensor:
     """Both ends of every token along an axis in pixels, shape: V x 2."""
     levels = max(1, math.ceil(math.log2(length / PRECISION)))
     end = 1 << levels
@@ -627,7 +487,7 @@ def _measure_axis(sweep: _Sweep, pixels: Mapping[str, _Pixels], axis: int, lengt
     return torch.stack([start_at[first], stop_at[last]], dim=1)
 
 
-def _shared(sweep: _Sweep, pixels: Mapping[str, _Pixels], suspects: Tensor) -> Tensor:
+def _shared(sweep: _Sweep, pixels: Mapping[str, PixelMap], suspects: Tensor) -> Tensor:
     """Which of the suspects have no pixels of their own: wherever they react, another token reacts as well."""
     if not bool(suspects.any()):
         return suspects
@@ -764,7 +624,7 @@ def measure_geometry(model: PreTrainedModel, prepare: Prepare, image_sizes: Sequ
     generator = torch.Generator().manual_seed(0)
     with evaluation_mode(model):
         inputs = _model_inputs(model, prepare([_noise_picture(size, generator) for size in sizes]))
-        pixels = _probe_pixels(prepare, sizes)
+        pixels = measure_pixels(prepare, sizes)
         for key, map_ in pixels.items():
             if inputs[key].shape != map_.shape:
                 raise ValueError(
