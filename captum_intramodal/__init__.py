@@ -3,6 +3,7 @@ r"""Explain multimodal LLMs word by word, with Captum: multi-scale aggregation (
 from captum_intramodal._version import __version__
 from captum_intramodal.adapter import ModelAdapter
 from captum_intramodal.arc import ARC, ActivationRankingCorrelation
+from captum_intramodal.check import CheckReport, check
 from captum_intramodal.explain import explain
 from captum_intramodal.explanation import Explanation
 from captum_intramodal.logit_lens import LayerLogitLens, LogitLens
@@ -16,6 +17,7 @@ __all__ = [
     "DEFAULT_SCALES",
     "MSEA",
     "ActivationRankingCorrelation",
+    "CheckReport",
     "Explanation",
     "LayerLogitLens",
     "LogitLens",
@@ -24,6 +26,7 @@ __all__ = [
     "PixelForward",
     "Word",
     "__version__",
+    "check",
     "explain",
     "pairwise_rank_biased_overlap",
     "rank_biased_overlap",

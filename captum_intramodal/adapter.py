@@ -117,12 +117,20 @@ class ModelAdapter:
             for key, value in inputs.items()
         }
 
-    @torch.no_grad()
     def generate(self, inputs: Mapping[str, Any], max_new_tokens: int = 128) -> list[int]:
         """Greedy answer as token ids, without the tokens that end it."""
+        return self._strip_end(self._generate(inputs, max_new_tokens).sequences[0, inputs["input_ids"].shape[1] :])
+
+    def generate_with_logits(self, inputs: Mapping[str, Any], max_new_tokens: int = 128) -> tuple[list[int], Tensor]:
+        """Greedy answer with the tokens that end it, and the model's logits for each of them, (tokens, vocabulary)."""
+        output = self._generate(inputs, max_new_tokens, output_logits=True)
+        return output.sequences[0, inputs["input_ids"].shape[1] :].tolist(), torch.cat(output.logits)
+
+    @torch.no_grad()
+    def _generate(self, inputs: Mapping[str, Any], max_new_tokens: int, **options: Any) -> Any:
         prompt_ids = inputs["input_ids"][0]
         placeholders = prompt_ids[visual_positions(self.model, prompt_ids)].unique().tolist()
-        output = self.model.generate(
+        return self.model.generate(
             **self._cast(inputs),
             max_new_tokens=max_new_tokens,
             do_sample=False,
@@ -133,14 +141,16 @@ class ModelAdapter:
             # In the answer they would ask for the features of one more picture.
             suppress_tokens=placeholders,
             pad_token_id=self._pad_token_id,
+            return_dict_in_generate=True,
+            **options,
         )
-        return self._strip_end(output[0, len(prompt_ids) :].tolist())
 
     @property
     def _pad_token_id(self) -> int | None:
         return self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.tokenizer.eos_token_id
 
-    def _strip_end(self, ids: list[int]) -> list[int]:
+    def _strip_end(self, answer: Sequence[int] | Tensor) -> list[int]:
+        ids = [int(i) for i in answer]
         eos = getattr(self.model.generation_config, "eos_token_id", None)
         ends = {*(eos if isinstance(eos, list) else [eos]), self.tokenizer.eos_token_id, self.tokenizer.pad_token_id}
         while ids and ids[-1] in ends:

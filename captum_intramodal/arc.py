@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from captum_intramodal._captum import format_additional_forward_args, format_tensor_into_tuples, log_usage
-from captum_intramodal.hooks import run_layers
+from captum_intramodal.hooks import hidden_rows, run_layers
 from captum_intramodal.logit_lens import LogitLens, find_model, select_layers
 from captum_intramodal.rankings import NORMALIZATIONS, Normalization, pairwise_rank_biased_overlap
 
@@ -294,7 +294,7 @@ class ActivationRankingCorrelation(Attribution):
         def select(hidden: Tensor) -> Tensor:
             if hidden.shape[0] != 1:
                 raise ValueError(f"ARC reads rankings of one example at a time, got a batch of {hidden.shape[0]}.")
-            return hidden[0, rows.to(hidden.device)]
+            return hidden_rows(hidden)[rows.to(hidden.device)]
 
         *states, last = run_layers(forward, modules, select)
         return self.compare(states, last, tokens)

@@ -32,6 +32,13 @@ OutOption = Annotated[Path, typer.Option("--out", help="Directory for index.html
 ScalesOption = Annotated[
     str | None, typer.Option("--scales", help="Factors of the picture's size, such as 1,1.5,2. Default: the library's.")
 ]
+ModelOption = Annotated[
+    str, typer.Option("--model", help="Directory of a checkpoint, or its id on the Hugging Face hub.")
+]
+DtypeOption = Annotated[str, typer.Option("--dtype", help="auto, float32, bfloat16 or float16.")]
+DeviceOption = Annotated[str, typer.Option("--device", help="cpu, cuda, ...; auto takes a GPU where there is one.")]
+RevisionOption = Annotated[str | None, typer.Option("--revision", help="Branch, tag or commit of a hub checkpoint.")]
+TrustOption = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with the checkpoint.")]
 NoArcOption = Annotated[bool, typer.Option("--no-arc", help="Keep the activation that irrelevant context causes.")]
 
 
@@ -59,7 +66,7 @@ def demo(
 
 @app.command()
 def explain(
-    model: Annotated[str, typer.Option(help="Directory of a checkpoint, or its id on the Hugging Face hub.")],
+    model: ModelOption,
     image: Annotated[Path, typer.Option(help="The picture.")],
     prompt: Annotated[str, typer.Option(help="What to ask about it.")],
     answer: Annotated[str | None, typer.Option(help="The answer to explain. Default: the model's own.")] = None,
@@ -67,15 +74,44 @@ def explain(
     no_arc: NoArcOption = False,
     out: OutOption = Path("explanation"),
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer to generate.", min=1)] = 128,
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
-    device: Annotated[str, typer.Option(help="cpu, cuda, ...; auto takes a GPU where there is one.")] = "auto",
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub checkpoint.")] = None,
-    trust_remote_code: Annotated[bool, typer.Option(help="Run code that comes with the checkpoint.")] = False,
+    dtype: DtypeOption = "auto",
+    device: DeviceOption = "auto",
+    revision: RevisionOption = None,
+    trust_remote_code: TrustOption = False,
 ) -> None:
     """Explain an answer of an image-text-to-text model of transformers."""
     _explain(
         model, image, prompt, answer, scales, no_arc, out, max_new_tokens, dtype, device, revision, trust_remote_code
     )
+
+
+@app.command()
+def check(
+    model: ModelOption,
+    image: Annotated[Path | None, typer.Option(help="A picture of the size that matters. Default: made up.")] = None,
+    prompt: Annotated[str, typer.Option(help="A question about it.")] = "describe the picture.",
+    dtype: DtypeOption = "auto",
+    device: DeviceOption = "auto",
+    revision: RevisionOption = None,
+    trust_remote_code: TrustOption = False,
+) -> None:
+    """Test on a model what explanations build upon; exit code 1 if something does not hold."""
+    picture = None if image is None else _open_picture(image)
+    with console.status("Loading torch and transformers") as status:
+        import captum_intramodal
+
+        status.update(f"Loading {model}")
+        with _quiet():
+            loaded, processor = _load(model, dtype, device, revision, trust_remote_code)
+        with _one_line(), _quiet():
+            report = captum_intramodal.check(loaded, processor, picture, prompt, progress=status.update)
+    table = Table(title=escape(report.model), title_style="bold", title_justify="left", show_header=False)
+    for entry in report.checks:
+        mark = {True: "[green]holds[/]", False: "[bold red]fails[/]", None: "untested"}[entry.passed]
+        table.add_row(mark, entry.name, escape(entry.detail))
+    console.print(table)
+    if not report.passed:
+        raise typer.Exit(1)
 
 
 def _explain(

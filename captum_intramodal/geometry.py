@@ -127,6 +127,25 @@ class TokenGeometry:
         x1, y1 = boxes[:, 2:].amax(dim=0).tolist()
         return x0, y0, x1, y1
 
+    def same_tokens(self, other: TokenGeometry) -> bool:
+        r"""
+        Whether two sizes of the same pictures give the model the same tokens.
+
+        Args:
+            other (TokenGeometry): Of the pictures at another size.
+
+        Returns:
+            **same** (*bool*):
+                As many tokens, with boxes equal to 2 % of the picture.
+        """
+        if len(self.boxes) != len(other.boxes):
+            return False
+        first, second = (
+            g.boxes / torch.tensor(g.image_sizes, dtype=torch.float32)[g.image_index].repeat(1, 2)
+            for g in (self, other)
+        )
+        return bool(torch.allclose(first, second, atol=0.02, rtol=0, equal_nan=True))
+
 
 def visual_positions(model: PreTrainedModel, input_ids: Tensor) -> Tensor:
     r"""Positions of the decoder sequence that hold visual tokens.

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["capture_outputs", "evaluation_mode", "first_tensor", "run_layers"]
+__all__ = ["capture_outputs", "evaluation_mode", "first_tensor", "hidden_rows", "replace_first_tensor", "run_layers"]
 
 
 class _Finished(Exception):
@@ -26,6 +26,27 @@ def first_tensor(output: Any) -> Tensor:
                 f"Expected a tensor, or a tuple that begins with one; got {type(output).__name__}."
             ) from None
     return output
+
+
+def hidden_rows(hidden: Tensor) -> Tensor:
+    """Hidden states of the only example, one row per position: (1, T, D) -> (T, D).
+
+    Gemma 3n's layers return several streams, (S, 1, T, D); their features stand side by side: (T, S x D).
+    """
+    if hidden.ndim == 4:
+        return hidden[:, 0].transpose(0, 1).flatten(1)
+    return hidden[0]
+
+
+def replace_first_tensor(output: Any, value: Tensor) -> Any:
+    """A layer's output with other hidden states in the place where :func:`first_tensor` finds them."""
+    if isinstance(output, Tensor):
+        return value
+    if isinstance(output, tuple) and type(output) is tuple:
+        return (replace_first_tensor(output[0], value), *output[1:])
+    if isinstance(output, list):
+        return [replace_first_tensor(output[0], value), *output[1:]]
+    raise TypeError(f"The hidden states in a {type(output).__name__} cannot be replaced.")
 
 
 @contextmanager

@@ -2,7 +2,7 @@ r"""The logit lens: a model's hidden states, read with its own final norm and un
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -12,9 +12,12 @@ from transformers import PreTrainedModel
 
 from captum_intramodal._captum import format_additional_forward_args, format_tensor_into_tuples, log_usage
 from captum_intramodal.decoder import decoder_layers, final_norm
-from captum_intramodal.hooks import capture_outputs, run_layers
+from captum_intramodal.hooks import capture_outputs, first_tensor, hidden_rows, replace_first_tensor, run_layers
 
 __all__ = ["LayerLogitLens", "LogitLens"]
+
+# Hidden states that one pass of a tail replay takes, at (positions x vocabulary) floats of memory.
+_REPLAYED = 32
 
 
 class LogitLens:
@@ -25,21 +28,27 @@ class LogitLens:
     The activation of token :math:`c` at hidden state :math:`h` is :math:`g(\mathrm{norm}(h) \cdot w_c)`, with
     :math:`w_c` its row of the unembedding and :math:`g` the model's own post-processing: identity, a constant factor,
     or :math:`\kappa \tanh(\cdot / \kappa)`. Which one is measured when the lens is made, by comparing with the model's
-    logits on a few text tokens, because configurations cannot be trusted on it.
+    logits on a few tokens, because configurations cannot be trusted on it. Only the rows of the unembedding that are
+    asked for are used, and rankings are streamed over blocks of the vocabulary: a (positions x vocabulary) tensor never
+    exists. Products are accumulated in float32.
 
-    Only the rows of the unembedding that are asked for are used, and rankings are streamed over blocks of the
-    vocabulary: a (positions x vocabulary) tensor never exists. Products are accumulated in float32.
+    Where the model's logits are something else (masked tokens, several norms, a head of more than one layer), the model
+    computes them itself from the given hidden states, a few positions at a time: *tail replay*. That is exact for any
+    model, and costs a pass through the decoder's layers, whose results are replaced.
 
     Args:
 
-        model (transformers.PreTrainedModel): A model with ``get_decoder()`` and ``get_output_embeddings()``.
+        model (transformers.PreTrainedModel): A model with ``get_decoder()``.
         inputs (Mapping, optional): Keyword arguments of one forward pass to compare with, for models that cannot run
                     on text alone.
                     Default: None, four text tokens.
 
+    Attributes:
+        tail (str): ``'fast'`` or ``'replay'``.
+
     Raises:
         TypeError: ``model`` is not a transformers model, or its decoder's layers cannot be found.
-        ValueError: it has no output embeddings, or its logits are not ``g(head(norm(h)))``.
+        ValueError: neither ``g(head(norm(h)))`` nor the replay gives the model's logits.
 
     Examples::
 
@@ -51,46 +60,60 @@ class LogitLens:
     def __init__(self, model: PreTrainedModel, inputs: Mapping[str, Any] | None = None) -> None:
         if not hasattr(model, "get_output_embeddings"):
             raise TypeError(f"LogitLens needs a transformers model, got {type(model).__name__}.")
-        head = model.get_output_embeddings()
-        if head is None:
-            raise ValueError(f"{type(model).__name__} has no output embeddings; its logit lens cannot be read.")
         self.layers: nn.ModuleList = decoder_layers(model)
         self.norm: nn.Module = final_norm(model)
-        self.head: nn.Module = head
+        self.head: nn.Module | None = model.get_output_embeddings()
         self.factor: float = 1.0
         self.cap: float | None = None
+        self._replay: _TailReplay | None = None
         self._calibrate(model, inputs)
 
     @property
+    def tail(self) -> str:
+        return "fast" if self._replay is None else "replay"
+
+    @property
     def hidden_size(self) -> int:
-        return int(self._weight.shape[1])
+        return int(self._weight.shape[1]) if self._replay is None else self._replay.hidden_size
 
     @property
     def vocab_size(self) -> int:
-        return int(self._weight.shape[0])
+        return int(self._weight.shape[0]) if self._replay is None else self._replay.vocab_size
 
     @property
     def _weight(self) -> Tensor:
-        return cast(Tensor, self.head.weight)
+        return cast(Tensor, cast(nn.Module, self.head).weight)
 
     @torch.no_grad()
     def _calibrate(self, model: PreTrainedModel, inputs: Mapping[str, Any] | None) -> None:
-        """Finds the factor or soft cap between ``norm(h) . w`` and the model's own logits."""
+        """Finds the factor or soft cap between ``norm(h) . w`` and the model's own logits; replays where none fits."""
         if inputs is None:
             device = model.get_input_embeddings().weight.device
             inputs = {"input_ids": torch.tensor([[3, 1, 4, 2]], device=device)}
         last = self.layers[-1]
-        with capture_outputs([last], lambda hidden: hidden[:, -1]) as hidden:
-            logits = model(**inputs).logits[0, -1].float()
-        if last not in hidden:
+        with capture_outputs([last], hidden_rows) as captured:
+            logits = model(**inputs).logits[0]
+        if last not in captured:
             raise ValueError(f"The last decoder layer of {type(model).__name__} did not run in its forward pass.")
-        plain = self._product(self.normalize(hidden[last])[0], slice(None)).to(logits.device)
-        plain, logits = plain[: logits.numel()], logits[: plain.numel()]
-        seen = logits.isfinite() & (logits > torch.finfo(torch.float32).min / 4)
-        plain, logits = plain[seen], logits[seen]
+        hidden = captured[last]
+        gap = self._fast_gap(model, hidden[-1], logits[-1].float())
+        if gap is not None:
+            self._replay = _TailReplay(model, inputs, last, hidden, logits, gap)
+
+    def _fast_gap(self, model: PreTrainedModel, hidden: Tensor, logits: Tensor) -> str | None:
+        """Sets factor and cap so that the lens gives the model's logits; where that fails, says by how much."""
+        weight = getattr(self.head, "weight", None)
+        if not isinstance(weight, Tensor) or weight.ndim != 2 or weight.shape[1] != hidden.shape[-1]:
+            return "no unembedding of the hidden states' width"
+        plain = self._product(self.normalize(hidden[None])[0], slice(None)).to(logits.device)
+        if plain.numel() < logits.numel():
+            return f"{logits.numel()} logits for {plain.numel()} rows of the unembedding"
+        plain = plain[: logits.numel()]
+        # Tokens that the model masks are ranked last by it, not by their product.
+        if not bool((logits.isfinite() & (logits > torch.finfo(torch.float32).min / 4)).all()):
+            return "some tokens are masked"
         tolerance = (1e-3 if self._weight.dtype in (torch.float32, torch.float64) else 3e-2) * float(logits.std())
-        config = model.config.get_text_config()
-        cap = getattr(config, "final_logit_softcapping", None)
+        cap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
         factor = float((plain @ logits) / (plain @ plain).clamp_min(1e-12))
         candidates: list[tuple[float, float | None]] = [(1.0, None), (factor, None)]
         if cap:
@@ -98,11 +121,8 @@ class LogitLens:
         for self.factor, self.cap in candidates:
             gap = float((self._postprocess(plain) - logits).abs().mean())
             if gap <= tolerance:
-                return
-        raise ValueError(
-            f"The logits of {type(model).__name__} are not a scaled or soft-capped head(norm(h)): mean gap {gap:.3g} "
-            f"with logits of standard deviation {float(logits.std()):.3g}. Its logit lens would be wrong."
-        )
+                return None
+        return f"mean gap {gap:.3g} with logits of standard deviation {float(logits.std()):.3g}"
 
     def _postprocess(self, product: Tensor) -> Tensor:
         if self.factor != 1.0:
@@ -116,6 +136,12 @@ class LogitLens:
         product = normed.float() @ weight.T
         bias = getattr(self.head, "bias", None)
         return product if bias is None else product + bias[rows].to(product)
+
+    def _replayed(self, hidden: Tensor) -> Iterator[Tensor]:
+        """The model's own logits of hidden states (N, D), some rows at a time."""
+        replay = cast(_TailReplay, self._replay)
+        for rows in hidden.split(replay.length):
+            yield replay(rows)
 
     @torch.no_grad()
     def normalize(self, hidden: Tensor) -> Tensor:
@@ -141,6 +167,11 @@ class LogitLens:
         Returns:
             *Tensor* (..., n) float32.
         """
+        if self._replay is not None:
+            if normed:
+                raise ValueError("This model's tail is replayed, from the output of its last decoder layer on.")
+            rows = [logits[:, tokens.to(logits.device)] for logits in self._replayed(hidden.flatten(0, -2))]
+            return torch.cat(rows).reshape(*hidden.shape[:-1], len(tokens))
         normed_hidden = hidden if normed else self.normalize(hidden)
         return self._postprocess(self._product(normed_hidden, tokens.to(self._weight.device)))
 
@@ -167,6 +198,9 @@ class LogitLens:
         """
         if k < 1:
             raise ValueError(f"k must be at least 1, got {k}.")
+        if self._replay is not None:
+            tops = [_rank_keys(logits, 0).topk(min(k, self.vocab_size)).values for logits in self._replayed(hidden)]
+            return 0xFFFFFFFF - (torch.cat(tops) & 0xFFFFFFFF)
         normed = self.normalize(hidden)
         best = torch.empty(hidden.shape[0], 0, dtype=torch.int64, device=normed.device)
         for start, logits in self._blocks(normed, block_size):
@@ -189,6 +223,10 @@ class LogitLens:
         Returns:
             *Tensor* (N,) float32, at most 0.
         """
+        if self._replay is not None:
+            all_logits = (logits.log_softmax(1) for logits in self._replayed(hidden))
+            parts = tokens.to(hidden.device).split(self._replay.length)
+            return torch.cat([rows.gather(1, ids[:, None])[:, 0] for rows, ids in zip(all_logits, parts, strict=True)])
         normed = self.normalize(hidden)
         normalizer = torch.full(normed.shape[:1], -torch.inf, device=normed.device)
         for _, logits in self._blocks(normed, block_size):
@@ -199,6 +237,67 @@ class LogitLens:
         if bias is not None:
             product = product + bias[tokens.to(bias.device)].to(product)
         return self._postprocess(product) - normalizer
+
+
+class _TailReplay:
+    """The model's own way from the output of its last decoder layer to its logits.
+
+    The model runs once more on the inputs it was calibrated with (repeated along the sequence where they are text
+    alone), and a hook puts the given hidden states in the place of the last layer's output.
+
+    Attributes:
+        length (int): Number of hidden states that one pass takes.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        inputs: Mapping[str, Any],
+        layer: nn.Module,
+        hidden: Tensor,
+        logits: Tensor,
+        reason: str,
+    ) -> None:
+        self.model, self.layer = model, layer
+        self.hidden_size, self.vocab_size = int(hidden.shape[-1]), int(logits.shape[-1])
+        self.inputs = dict(inputs)
+        if set(inputs) == {"input_ids"}:
+            ids = inputs["input_ids"]
+            self.inputs["input_ids"] = ids.repeat(1, -(-_REPLAYED // ids.shape[1]))[:, :_REPLAYED]
+            self.length = _REPLAYED
+        else:
+            self.length = len(hidden)
+        # Each position's logits must follow from its own hidden state alone.
+        backwards = self(hidden.flip(0)).flip(0)[-len(logits) :]
+        expected = logits.float()
+        seen = expected.isfinite() & (expected > torch.finfo(torch.float32).min / 4)
+        gap = float((backwards - expected)[seen].abs().mean())
+        tolerance = 1e-3 if hidden.dtype in (torch.float32, torch.float64) else 3e-2
+        if not gap <= tolerance * float(expected[seen].std()):
+            raise ValueError(
+                f"The logits of {type(model).__name__} do not follow from its last decoder layer's output: neither as "
+                f"a scaled or soft-capped head(norm(h)) ({reason}), nor through the model's own tail (mean gap "
+                f"{gap:.3g}). Its logit lens would be wrong."
+            )
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        """Logits (n, vocabulary) in float32 of n hidden states, n at most ``length``."""
+
+        def put(module: nn.Module, args: Any, output: Any) -> Any:
+            own = first_tensor(output)
+            # (batch, sequence, width), or several streams of that, whose features hidden_rows puts side by side.
+            streams = own.shape[0] if own.ndim == 4 else 1
+            rows = hidden.to(own).reshape(len(hidden), streams, -1).transpose(0, 1)
+            value = own.clone()
+            value.view(streams, own.shape[-2], -1)[:, own.shape[-2] - len(hidden) :] = rows
+            return replace_first_tensor(output, value)
+
+        handle = self.layer.register_forward_hook(put)
+        try:
+            logits: Tensor = self.model(**self.inputs).logits[0]
+        finally:
+            handle.remove()
+        return logits[len(logits) - len(hidden) :].float()
 
 
 def _rank_keys(logits: Tensor, start: int) -> Tensor:

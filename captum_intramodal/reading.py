@@ -13,7 +13,7 @@ from torch import Tensor
 from captum_intramodal.adapter import Encoding, ModelAdapter, Prompt
 from captum_intramodal.canvas import canvas_grid, draw_on_canvas
 from captum_intramodal.geometry import TokenGeometry, visual_positions
-from captum_intramodal.hooks import run_layers
+from captum_intramodal.hooks import hidden_rows, run_layers
 from captum_intramodal.logit_lens import select_layers
 from captum_intramodal.msea import Aggregation, aggregate
 from captum_intramodal.text import decode_pieces, find_spans
@@ -154,7 +154,7 @@ def read_answer(
     visual, *states, last = run_layers(
         lambda: adapter.run(encoding.inputs),
         [lens_layer, *select_layers(adapter.lens, ranking_layers), adapter.lens.layers[-1]],
-        lambda hidden: hidden[0, rows.to(hidden.device)],
+        lambda hidden: hidden_rows(hidden)[rows.to(hidden.device)],
     )
     seen, n_answer = len(encoding.visual_positions), len(answer_ids)
     log_probability = adapter.lens.log_probability(last[-n_answer:], text.ids[-n_answer:].to(last.device))
@@ -187,7 +187,9 @@ def _visual_states(
     """Hidden states (V, D) at the visual positions. They come before the answer, which is therefore left out."""
     inputs = adapter.prepare(pictures, prompt)
     positions = visual_positions(adapter.model, inputs["input_ids"])
-    (hidden,) = run_layers(lambda: adapter.run(inputs), [layer], lambda hidden: hidden[0, positions.to(hidden.device)])
+    (hidden,) = run_layers(
+        lambda: adapter.run(inputs), [layer], lambda hidden: hidden_rows(hidden)[positions.to(hidden.device)]
+    )
     return hidden
 
 
@@ -213,22 +215,12 @@ def _levels(
         resized = [(max(1, round(width * scale)), max(1, round(height * scale))) for width, height in sizes]
         geometry = original if scale == 1.0 else adapter.geometry(resized)
         twins = [original, *(g for s, g in kept.items() if s > 1)] if scale > 1 else []
-        if any(_same_tokens(geometry, twin) for twin in twins):
+        if any(geometry.same_tokens(twin) for twin in twins):
             dropped.append(scale)
         else:
             kept[scale] = geometry
     # Where only enlargements were asked for and all repeat the original, that is what they show.
     return kept or {1.0: original}, dropped
-
-
-def _same_tokens(one: TokenGeometry, other: TokenGeometry) -> bool:
-    """Whether two sizes of the same pictures give the same tokens: boxes equal to 2 % of the picture."""
-    if len(one.boxes) != len(other.boxes):
-        return False
-    first, second = (
-        g.boxes / torch.tensor(g.image_sizes, dtype=torch.float32)[g.image_index].repeat(1, 2) for g in (one, other)
-    )
-    return bool(torch.allclose(first, second, atol=0.02, rtol=0, equal_nan=True))
 
 
 def _shown_prompt(prompt: Prompt) -> str:

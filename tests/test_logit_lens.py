@@ -143,15 +143,56 @@ def test_errors(model: Any) -> None:
         lens.lens.topk(torch.zeros(1, lens.lens.hidden_size), k=0)
 
 
-def test_a_model_whose_logits_the_lens_cannot_give_is_refused() -> None:
+def curious(kind: str) -> Any:
+    """A model whose logits are not head(norm(h)), in one of several ways."""
     model = PLAIN()
-    head = model.lm_head
-    model.lm_head = nn.Linear(32, 97, bias=False)
-    model.lm_head.register_forward_hook(lambda module, args, output: output.flip(-1))
-    model.set_output_embeddings(model.lm_head)
+
+    def change(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        if kind == "masked":
+            return output.index_fill(-1, torch.tensor([4, 50]), float("-inf"))
+        if kind == "nonlinear":
+            return output + 3 * output.square()
+        return output.roll(1, dims=-2)  # "neighbours": of another position
+
+    model.lm_head.register_forward_hook(change)
+    return model
+
+
+@pytest.mark.parametrize("kind", ["masked", "nonlinear"])
+def test_other_logits_are_replayed(kind: str) -> None:
+    model = curious(kind)
+    lens = LogitLens(model)
+    assert lens.tail == "replay" and (lens.hidden_size, lens.vocab_size) == (32, 97)
+    ids = torch.randint(3, 97, (1, 75))  # more than one pass takes
+    expected = model(ids).logits[0]
+    before = [len(module._forward_hooks) for module in model.modules()]
+    with torch.no_grad(), capture_outputs([lens.layers[-1]], lambda h: h[0]) as outputs:
+        model(ids)
+    hidden = outputs[lens.layers[-1]]
+    torch.testing.assert_close(lens.activation(hidden, torch.arange(97)), expected, atol=1e-5, rtol=0)
+    assert torch.equal(lens.topk(hidden, 9), expected.argsort(dim=1, descending=True, stable=True)[:, :9])
+    tokens = torch.randint(0, 97, (75,))
+    probabilities = expected.log_softmax(1)[torch.arange(75), tokens]
+    torch.testing.assert_close(lens.log_probability(hidden, tokens), probabilities, atol=1e-5, rtol=0)
+    assert [len(module._forward_hooks) for module in model.modules()] == before
+
+
+def test_replay_with_a_models_own_inputs() -> None:
+    model = curious("nonlinear")
+    inputs = {"input_ids": torch.tensor([[3, 5, 7, 9, 11]]), "attention_mask": torch.ones(1, 5, dtype=torch.int64)}
+    with torch.no_grad():
+        captured = model(**inputs, output_hidden_states=True)
+    lens = LogitLens(model, inputs)
+    with capture_outputs([lens.layers[-1]], lambda h: h[0]) as outputs:
+        model(**inputs)
+    hidden = outputs[lens.layers[-1]].detach().repeat(3, 1)[:13]
+    expected = captured.logits[0].repeat(3, 1)[:13]
+    torch.testing.assert_close(lens.activation(hidden, torch.arange(97)), expected, atol=1e-5, rtol=0)
+
+
+def test_a_model_whose_logits_the_lens_cannot_give_is_refused() -> None:
     with pytest.raises(ValueError, match="lens would be wrong"):
-        LogitLens(model)
-    model.lm_head = head
+        LogitLens(curious("neighbours"))
 
 
 def test_hooks_are_given_back(model: Any) -> None:
