@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from inspect import signature
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
-from captum_intramodal.geometry import TokenGeometry, cached_geometry, visual_positions
+from captum_intramodal.coordinates import PixelMaps
+from captum_intramodal.geometry import TokenGeometry, cached_geometry, cached_pixels, image_token_id, visual_positions
 from captum_intramodal.logit_lens import LogitLens
 
 __all__ = ["Encoding", "ModelAdapter"]
@@ -25,7 +28,7 @@ class Encoding:
 
     Attributes:
         inputs (dict): keyword arguments of the model's forward.
-        input_ids (Tensor): int64 (sequence,), on the CPU.
+        input_ids (Tensor): the decoder's tokens, int64 (sequence,), on the CPU.
         prompt_length (int): number of positions before the answer.
         visual_positions (Tensor): int64 (V,), on the CPU.
     """
@@ -38,6 +41,10 @@ class Encoding:
     @property
     def answer_ids(self) -> list[int]:
         return self.input_ids[self.prompt_length :].tolist()
+
+    def rows(self, states: Tensor) -> Tensor:
+        """The rows of a decoder's states or logits that belong to ``input_ids``; visual tokens may stand before."""
+        return states[len(states) - len(self.input_ids) :]
 
 
 class ModelAdapter:
@@ -74,7 +81,14 @@ class ModelAdapter:
 
     @cached_property
     def lens(self) -> LogitLens:
-        return LogitLens(self.model)
+        try:
+            return LogitLens(self.model)
+        except (ValueError, TypeError, RuntimeError, IndexError, KeyError, AttributeError):
+            # Not every model runs on text alone. All-black pictures are dropped by some.
+            picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8))
+            inputs = self.prepare([picture], "describe")
+            ids = [i for i in range(len(self.tokenizer)) if i not in set(self.tokenizer.all_special_ids)]
+            return LogitLens(self.model, self._cast(self.encode(inputs, ids[:8]).inputs))
 
     @property
     def device(self) -> torch.device:
@@ -103,6 +117,8 @@ class ModelAdapter:
         text = self.prompt_text(prompt, len(images))
         bos = self.tokenizer.bos_token
         extra = {"add_special_tokens": False} if bos and text.startswith(bos) else {}
+        if "mm_token_type_ids" in signature(self.model.forward).parameters:
+            extra["return_mm_token_type_ids"] = True
         batch = self.processor(images=list(images), text=[text], return_tensors="pt", **extra)
         return {key: value.to(self.device) if isinstance(value, Tensor) else value for key, value in batch.items()}
 
@@ -119,17 +135,21 @@ class ModelAdapter:
 
     def generate(self, inputs: Mapping[str, Any], max_new_tokens: int = 128) -> list[int]:
         """Greedy answer as token ids, without the tokens that end it."""
-        return self._strip_end(self._generate(inputs, max_new_tokens).sequences[0, inputs["input_ids"].shape[1] :])
+        return self._strip_end(self._generate(inputs, max_new_tokens).sequences[0, self._prompt_length(inputs) :])
 
     def generate_with_logits(self, inputs: Mapping[str, Any], max_new_tokens: int = 128) -> tuple[list[int], Tensor]:
         """Greedy answer with the tokens that end it, and the model's logits for each of them, (tokens, vocabulary)."""
         output = self._generate(inputs, max_new_tokens, output_logits=True)
-        return output.sequences[0, inputs["input_ids"].shape[1] :].tolist(), torch.cat(output.logits)
+        return output.sequences[0, self._prompt_length(inputs) :].tolist(), torch.cat(output.logits)
+
+    def _prompt_length(self, inputs: Mapping[str, Any]) -> int:
+        """Tokens that stand before the answer in the decoder's sequence."""
+        return 1 if self.is_encoder_decoder else int(inputs["input_ids"].shape[1])
 
     @torch.no_grad()
     def _generate(self, inputs: Mapping[str, Any], max_new_tokens: int, **options: Any) -> Any:
         prompt_ids = inputs["input_ids"][0]
-        placeholders = prompt_ids[visual_positions(self.model, prompt_ids)].unique().tolist()
+        placeholders = prompt_ids[self.visual_positions(prompt_ids)].unique().tolist()
         return self.model.generate(
             **self._cast(inputs),
             max_new_tokens=max_new_tokens,
@@ -139,11 +159,35 @@ class ModelAdapter:
             top_p=None,
             top_k=None,
             # In the answer they would ask for the features of one more picture.
-            suppress_tokens=placeholders,
+            suppress_tokens=placeholders or None,
             pad_token_id=self._pad_token_id,
             return_dict_in_generate=True,
             **options,
         )
+
+    @property
+    def is_encoder_decoder(self) -> bool:
+        return bool(getattr(self.model.config, "is_encoder_decoder", False))
+
+    @property
+    def _decoder_start(self) -> int:
+        configs = (self.model.generation_config, self.model.config, self.model.config.get_text_config(decoder=True))
+        for name in ("decoder_start_token_id", "bos_token_id"):
+            for config in configs:
+                if isinstance(start := getattr(config, name, None), int):
+                    return start
+        raise ValueError(f"The config of {type(self.model).__name__} does not say with which token an answer begins.")
+
+    @property
+    def _picture_keys(self) -> set[str]:
+        """Inputs that belong to the pictures; one may by chance be as long as the sequence."""
+        return set(getattr(self.processor.image_processor, "model_input_names", ()))
+
+    def visual_positions(self, input_ids: Tensor) -> Tensor:
+        """Positions of the visual tokens, int64 (V,); none where pictures do not enter by placeholders."""
+        if self.is_encoder_decoder or image_token_id(self.model) is None:
+            return torch.empty(0, dtype=torch.int64, device=input_ids.device)
+        return visual_positions(self.model, input_ids)
 
     @property
     def _pad_token_id(self) -> int | None:
@@ -181,22 +225,32 @@ class ModelAdapter:
         return ids
 
     def encode(self, inputs: Mapping[str, Any], answer_ids: Sequence[int]) -> Encoding:
-        """Appends an answer to a prompt's inputs for one teacher-forced pass."""
+        """Appends an answer to a prompt's inputs for one teacher-forced pass; an encoder-decoder decodes it."""
         ids = inputs["input_ids"]
+        if self.is_encoder_decoder:
+            decoded = torch.tensor([[self._decoder_start, *answer_ids]], dtype=ids.dtype, device=ids.device)
+            visual = torch.empty(0, dtype=torch.int64)
+            return Encoding({**inputs, "decoder_input_ids": decoded}, decoded[0].cpu(), 1, visual)
         length = ids.shape[1]
         answer = torch.tensor([list(answer_ids)], dtype=ids.dtype, device=ids.device)
         extended: dict[str, Any] = dict(inputs)
         for key, value in inputs.items():
             # Whatever runs along the sequence (masks, token types) goes on as at the prompt's last, textual position.
             along = isinstance(value, Tensor) and value.shape[:2] == (1, length) and not value.is_floating_point()
-            if along and key != "input_ids":
+            if along and key not in self._picture_keys and key != "input_ids":
                 extended[key] = torch.cat([value, value[:, -1:].expand(1, answer.shape[1], *value.shape[2:])], dim=1)
         extended["input_ids"] = torch.cat([ids, answer], dim=1)
-        visual = visual_positions(self.model, ids[0]).cpu()
+        visual = self.visual_positions(ids[0]).cpu()
         return Encoding(extended, extended["input_ids"][0].cpu(), length, visual)
 
     def geometry(self, image_sizes: Sequence[tuple[int, int]]) -> TokenGeometry:
         """Region of the picture that each visual token stands for, for pictures of these (width, height)."""
         return cached_geometry(
+            self.model, self.processor, lambda images: self.prepare(images, "describe"), tuple(image_sizes)
+        )
+
+    def pixel_maps(self, image_sizes: Sequence[tuple[int, int]]) -> PixelMaps:
+        """What each element of the processor's pixel tensors samples, for pictures of these (width, height)."""
+        return cached_pixels(
             self.model, self.processor, lambda images: self.prepare(images, "describe"), tuple(image_sizes)
         )

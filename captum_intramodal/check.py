@@ -200,7 +200,7 @@ def _check_scales(adapter: ModelAdapter, picture: Image.Image, prompt: Prompt) -
     for scale in (0.5, 1.0, 1.5, 2.0):
         size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
         geometry = adapter.geometry([size])
-        if any(geometry.same_tokens(other) for other in found):
+        if any(geometry.shows_same(other) for other in found):
             sizes.append(f"{scale:g}: nothing new")
             continue
         found.append(geometry)

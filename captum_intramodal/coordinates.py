@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-__all__ = ["PixelMap", "Prepare", "Size", "measure_pixels"]
+__all__ = ["PixelMap", "PixelMaps", "Prepare", "Size", "measure_pixels"]
 
 Prepare = Callable[[list[Image.Image]], Mapping[str, Any]]
 Size = tuple[int, int]
@@ -112,6 +112,33 @@ class PixelMap:
         shown, cell = (index.to(values.device) for index in self._cells(image, grid))
         folded = torch.zeros(len(values), grid[0] * grid[1], device=values.device)
         return folded.index_add_(1, cell, values[:, shown]).reshape(*leading, *grid)
+
+
+@dataclass(frozen=True)
+class PixelMaps:
+    r"""All pixel tensors that the processor makes of the pictures of one prompt.
+
+    Attributes:
+        maps (dict[str, PixelMap]): by the tensor's name among the model's inputs.
+        image_sizes (tuple): (width, height) of every picture in pixels.
+    """
+
+    maps: dict[str, PixelMap]
+    image_sizes: tuple[Size, ...]
+
+    def shows_same(self, other: PixelMaps) -> bool:
+        """Whether two sizes of the same pictures become the same tensors, up to 2 % of the pictures' sides."""
+        if {key: m.shape for key, m in self.maps.items()} != {key: m.shape for key, m in other.maps.items()}:
+            return False
+        return all(
+            bool(torch.allclose(_relative(pixels), _relative(other.maps[key]), atol=0.02, rtol=0))
+            for key, pixels in self.maps.items()
+        )
+
+
+def _relative(pixels: PixelMap) -> Tensor:
+    sizes = torch.tensor(pixels.image_sizes, dtype=torch.float32)[pixels.image_index].T
+    return torch.where(pixels.gain != 0, torch.cat([pixels.lower / sizes, pixels.upper / sizes]), -1.0)
 
 
 def _gray(rows: np.ndarray, columns: np.ndarray) -> Image.Image:

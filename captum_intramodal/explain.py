@@ -18,6 +18,7 @@ from captum_intramodal.adapter import ModelAdapter, Prompt
 from captum_intramodal.arc import ARC, ContextRelevance
 from captum_intramodal.explanation import Explanation
 from captum_intramodal.hooks import evaluation_mode
+from captum_intramodal.levels import Method, TokenLevel
 from captum_intramodal.msea import DEFAULT_SCALES, Aggregation, check_scales, normalized_weights
 from captum_intramodal.reading import read_answer
 
@@ -35,6 +36,7 @@ def explain(
     scale_weights: Sequence[float] | None = None,
     aggregation: Aggregation = "mean",
     arc: bool | Mapping[str, Any] | None = True,
+    method: Method = "auto",
     layer: int = -1,
     max_new_tokens: int = 128,
     progress: Callable[[str], None] | None = None,
@@ -69,6 +71,10 @@ def explain(
                     :class:`~captum_intramodal.ActivationRankingCorrelation` (``k``, ``p``, ``weighting``, ...), None
                     or False for none.
                     Default: True
+        method (str, optional): Whose maps: ``'logit_lens'``, or ``'input_x_gradient'`` with respect to the pixels (one
+                    backward pass per token and scale), for models whose visual tokens have no place in the picture
+                    (resamplers, cross-attention, encoder-decoders). ``'auto'``: the lens wherever the model has places.
+                    Default: ``'auto'``
         layer (int, optional): Decoder layer that the lens reads.
                     Default: -1, the last.
         max_new_tokens (int, optional): Where the model's own answer ends at the latest.
@@ -98,7 +104,16 @@ def explain(
 
     with evaluation_mode(model):
         reading = read_answer(
-            adapter, pictures, prompt, answer, requested, layer, ranking.layers, max_new_tokens, progress or _silent
+            adapter,
+            pictures,
+            prompt,
+            answer,
+            requested,
+            layer,
+            ranking.layers,
+            max_new_tokens,
+            method,
+            progress or _silent,
         )
     kept = [level.scale for level in reading.levels]
     kept_weights = [weight_of.get(scale, 0.0) for scale in kept]
@@ -141,11 +156,12 @@ def explain(
             "dropped_scales": reading.dropped,
             "scale_weights": [round(w, 6) for w in weights.tolist()],
             "aggregation": aggregation,
+            "method": "logit_lens" if isinstance(reading.levels[0], TokenLevel) else "input_x_gradient",
             "levels": [
                 {
                     "scale": level.scale,
-                    "visual_tokens": level.activation.shape[1],
-                    "token_size": level.token_size(pictures[0].size),
+                    "visual_tokens": level.n_visual,
+                    "token_size": level.cell_size(pictures[0].size),
                 }
                 for level in reading.levels
             ],

@@ -23,7 +23,7 @@ from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -31,15 +31,17 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from captum_intramodal.coordinates import PixelMap, Prepare, Size, measure_pixels
+from captum_intramodal.coordinates import PixelMap, PixelMaps, Prepare, Size, measure_pixels
 from captum_intramodal.decoder import decoder_layers
-from captum_intramodal.hooks import evaluation_mode
+from captum_intramodal.hooks import evaluation_mode, hidden_rows
 
 __all__ = [
     "TokenGeometry",
     "cached_geometry",
+    "cached_pixels",
     "geometry_key",
     "geometry_oracle",
+    "image_token_id",
     "measure_geometry",
     "visual_positions",
 ]
@@ -127,7 +129,7 @@ class TokenGeometry:
         x1, y1 = boxes[:, 2:].amax(dim=0).tolist()
         return x0, y0, x1, y1
 
-    def same_tokens(self, other: TokenGeometry) -> bool:
+    def shows_same(self, other: TokenGeometry) -> bool:
         r"""
         Whether two sizes of the same pictures give the model the same tokens.
 
@@ -145,6 +147,12 @@ class TokenGeometry:
             for g in (self, other)
         )
         return bool(torch.allclose(first, second, atol=0.02, rtol=0, equal_nan=True))
+
+
+def image_token_id(model: PreTrainedModel) -> int | None:
+    """Id of the token that the processor repeats for every visual token; None where pictures enter another way."""
+    ids = (getattr(model.config, name, None) for name in IMAGE_TOKEN_ATTRIBUTES)
+    return next((i for i in ids if isinstance(i, int)), None)
 
 
 def visual_positions(model: PreTrainedModel, input_ids: Tensor) -> Tensor:
@@ -167,8 +175,7 @@ def visual_positions(model: PreTrainedModel, input_ids: Tensor) -> Tensor:
         input_ids = input_ids[0]
     if input_ids.ndim != 1:
         raise ValueError(f"Expected the token ids of one example, got shape {tuple(input_ids.shape)}.")
-    ids = (getattr(model.config, name, None) for name in IMAGE_TOKEN_ATTRIBUTES)
-    token_id = next((i for i in ids if isinstance(i, int)), None)
+    token_id = image_token_id(model)
     if token_id is None:
         raise ValueError(
             f"The config of {type(model).__name__} names no image placeholder ({', '.join(IMAGE_TOKEN_ATTRIBUTES)}); "
@@ -211,8 +218,7 @@ def _layer0_input(model: PreTrainedModel, inputs: Mapping[str, Any]) -> Tensor:
         handle.remove()
     if not captured:
         raise TypeError(f"The forward pass of {type(model).__name__} never reached its first decoder layer.")
-    # Gemma 3n stacks several streams in front of the batch; the first one holds the embeddings.
-    return captured[0].reshape(-1, *captured[0].shape[-2:])[0]
+    return hidden_rows(captured[0])
 
 
 def _attention_blocks(model: PreTrainedModel) -> list[nn.Module]:
@@ -679,7 +685,7 @@ def measure_geometry(model: PreTrainedModel, prepare: Prepare, image_sizes: Sequ
 
 # ----------------------------------------------------------------------------------------------------------- cache
 
-_cache: OrderedDict[Hashable, TokenGeometry] = OrderedDict()
+_cache: OrderedDict[Hashable, TokenGeometry | PixelMaps] = OrderedDict()
 _cache_lock = threading.Lock()
 
 
@@ -730,18 +736,29 @@ def cached_geometry(
         **geometry** (*TokenGeometry*):
             The same object for the same key.
     """
-    key = geometry_key(model, processor, image_sizes)
+    key = ("tokens", geometry_key(model, processor, image_sizes))
+    return cast(TokenGeometry, _cached(key, lambda: measure_geometry(model, prepare, image_sizes)))
+
+
+def cached_pixels(model: PreTrainedModel, processor: Any, prepare: Prepare, image_sizes: Sequence[Size]) -> PixelMaps:
+    """As :func:`~captum_intramodal.coordinates.measure_pixels`, measured once for every :func:`geometry_key`."""
+    sizes = _checked_sizes(image_sizes)
+    key = ("pixels", geometry_key(model, processor, sizes))
+    return cast(PixelMaps, _cached(key, lambda: PixelMaps(measure_pixels(prepare, sizes), sizes)))
+
+
+def _cached(key: Hashable, make: Callable[[], TokenGeometry | PixelMaps]) -> TokenGeometry | PixelMaps:
     with _cache_lock:
         if key in _cache:
             _cache.move_to_end(key)
             return _cache[key]
-    geometry = measure_geometry(model, prepare, image_sizes)
+    measured = make()
     with _cache_lock:
-        geometry = _cache.setdefault(key, geometry)
+        measured = _cache.setdefault(key, measured)
         _cache.move_to_end(key)
         while len(_cache) > CACHE_SIZE:
             _cache.popitem(last=False)
-    return geometry
+    return measured
 
 
 # ---------------------------------------------------------------------------------------------------------- oracle

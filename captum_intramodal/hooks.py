@@ -9,7 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["capture_outputs", "evaluation_mode", "first_tensor", "hidden_rows", "replace_first_tensor", "run_layers"]
+__all__ = [
+    "capture_outputs",
+    "evaluation_mode",
+    "first_tensor",
+    "hidden_rows",
+    "put_rows",
+    "replace_first_tensor",
+    "run_layers",
+]
 
 
 class _Finished(Exception):
@@ -31,11 +39,25 @@ def first_tensor(output: Any) -> Tensor:
 def hidden_rows(hidden: Tensor) -> Tensor:
     """Hidden states of the only example, one row per position: (1, T, D) -> (T, D).
 
-    Gemma 3n's layers return several streams, (S, 1, T, D); their features stand side by side: (T, S x D).
+    Some decoders have several residual streams, (S, 1, T, D) in Gemma 3n and (1, T, S, D) in GLM-5; their features
+    stand side by side: (T, S x D).
     """
     if hidden.ndim == 4:
-        return hidden[:, 0].transpose(0, 1).flatten(1)
+        return (hidden[0] if hidden.shape[0] == 1 else hidden[:, 0].transpose(0, 1)).flatten(1)
     return hidden[0]
+
+
+def put_rows(hidden: Tensor, rows: Tensor) -> Tensor:
+    """A copy of hidden states whose last positions are ``rows``, as :func:`hidden_rows` gives them."""
+    count = len(rows)
+    result = hidden.clone()
+    if hidden.ndim == 4 and hidden.shape[0] == 1:
+        result[0, -count:] = rows.to(hidden).reshape(count, hidden.shape[2], -1)
+    elif hidden.ndim == 4:
+        result[:, 0, -count:] = rows.to(hidden).reshape(count, hidden.shape[0], -1).transpose(0, 1)
+    else:
+        result[0, -count:] = rows.to(hidden)
+    return result
 
 
 def replace_first_tensor(output: Any, value: Tensor) -> Any:

@@ -12,7 +12,14 @@ from transformers import PreTrainedModel
 
 from captum_intramodal._captum import format_additional_forward_args, format_tensor_into_tuples, log_usage
 from captum_intramodal.decoder import decoder_layers, final_norm
-from captum_intramodal.hooks import capture_outputs, first_tensor, hidden_rows, replace_first_tensor, run_layers
+from captum_intramodal.hooks import (
+    capture_outputs,
+    first_tensor,
+    hidden_rows,
+    put_rows,
+    replace_first_tensor,
+    run_layers,
+)
 
 __all__ = ["LayerLogitLens", "LogitLens"]
 
@@ -284,13 +291,7 @@ class _TailReplay:
         """Logits (n, vocabulary) in float32 of n hidden states, n at most ``length``."""
 
         def put(module: nn.Module, args: Any, output: Any) -> Any:
-            own = first_tensor(output)
-            # (batch, sequence, width), or several streams of that, whose features hidden_rows puts side by side.
-            streams = own.shape[0] if own.ndim == 4 else 1
-            rows = hidden.to(own).reshape(len(hidden), streams, -1).transpose(0, 1)
-            value = own.clone()
-            value.view(streams, own.shape[-2], -1)[:, own.shape[-2] - len(hidden) :] = rows
-            return replace_first_tensor(output, value)
+            return replace_first_tensor(output, put_rows(first_tensor(output), hidden))
 
         handle = self.layer.register_forward_hook(put)
         try:

@@ -2,23 +2,30 @@ r"""What the model says: one teacher-forced pass over prompt and answer, and one
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor
 
 from captum_intramodal.adapter import Encoding, ModelAdapter, Prompt
-from captum_intramodal.canvas import canvas_grid, draw_on_canvas
-from captum_intramodal.geometry import TokenGeometry, visual_positions
+from captum_intramodal.geometry import TokenGeometry
 from captum_intramodal.hooks import hidden_rows, run_layers
+from captum_intramodal.levels import (
+    Level,
+    Method,
+    PixelLevel,
+    TokenLevel,
+    find_sights,
+    resize_pictures,
+    visual_states,
+)
 from captum_intramodal.logit_lens import select_layers
 from captum_intramodal.msea import Aggregation, aggregate
 from captum_intramodal.text import decode_pieces, find_spans
 
-__all__ = ["Level", "Reading", "TextTokens", "read_answer"]
+__all__ = ["Reading", "TextTokens", "read_answer"]
 
 
 @dataclass(frozen=True)
@@ -56,33 +63,6 @@ class TextTokens:
 
 
 @dataclass(frozen=True)
-class Level:
-    """One scale: what the text tokens' logit lens is at each visual token, and where those lie in the originals.
-
-    Attributes:
-        scale (float): factor of the pictures' size.
-        activation (Tensor): float32 (T, V), clipped at 0.
-        geometry (TokenGeometry): of the resized pictures.
-    """
-
-    scale: float
-    activation: Tensor
-    geometry: TokenGeometry
-
-    def boxes(self, image: int, size: tuple[int, int]) -> Tensor:
-        """Boxes in pixels of the original picture; NaN for tokens of other pictures."""
-        width, height = self.geometry.image_sizes[image]
-        boxes = self.geometry.boxes * torch.tensor([size[0] / width, size[1] / height] * 2)
-        return boxes.masked_fill((self.geometry.image_index != image)[:, None], torch.nan)
-
-    def token_size(self, size: tuple[int, int]) -> list[float]:
-        """Median width and height of the tokens in pixels of the first picture."""
-        boxes = self.boxes(0, size)
-        boxes = boxes[~boxes.isnan().any(1)]
-        return [round(float((boxes[:, 2 + axis] - boxes[:, axis]).median()), 2) for axis in (0, 1)]
-
-
-@dataclass(frozen=True)
 class Reading:
     """All that an explanation is made of, before scales are aggregated and context is suppressed.
 
@@ -107,15 +87,12 @@ class Reading:
 
     def maps(self, weights: Tensor, aggregation: Aggregation = "mean") -> list[Tensor]:
         """Per picture the maps of all text tokens over its frame, float32 (T, rows, columns), aggregated over the
-        levels with their weights. The canvas is as fine as the level with the smallest tokens."""
+        levels with their weights. The canvas is as fine as the finest level."""
         result = []
         for image, picture in enumerate(self.pictures):
-            boxes = [level.boxes(image, picture.size) for level in self.levels]
-            grid = max((canvas_grid(b, picture.size) for b in boxes), key=lambda grid: grid[0] * grid[1])
-            drawn = [
-                draw_on_canvas(level.activation, b, picture.size, grid)
-                for level, b in zip(self.levels, boxes, strict=True)
-            ]
+            grids = [level.grid(image, picture.size) for level in self.levels]
+            grid = max(grids, key=lambda grid: grid[0] * grid[1])
+            drawn = [level.draw(image, picture.size, grid) for level in self.levels]
             result.append(aggregate(drawn, weights, aggregation))
         return result
 
@@ -129,6 +106,7 @@ def read_answer(
     layer: int = -1,
     ranking_layers: Sequence[int] = (-1,),
     max_new_tokens: int = 128,
+    method: Method = "auto",
     report: Callable[[str], None] = lambda line: None,
 ) -> Reading:
     """Runs the model: generation where no answer is given, one teacher-forced pass, one pass per other scale."""
@@ -144,32 +122,34 @@ def read_answer(
     encoding = adapter.encode(prompt_inputs, answer_ids)
     text = TextTokens.of(adapter, encoding, _shown_prompt(prompt))
 
-    report("Finding out what each visual token sees")
-    geometries, dropped = _levels(adapter, pictures, scales, _shrinks(prompt_inputs, pictures))
+    report("Finding out what the model sees of the pictures")
+    sights, dropped = find_sights(adapter, pictures, scales, prompt_inputs, method)
 
     report(f"Reading the answer ({len(answer_ids)} tokens)")
-    (lens_layer,) = select_layers(adapter.lens, [layer])
+    layers = select_layers(adapter.lens, [layer, *ranking_layers, -1])
     before = (text.positions - 1).clamp_min(0)
     rows = torch.cat([encoding.visual_positions, text.positions, before])
     visual, *states, last = run_layers(
         lambda: adapter.run(encoding.inputs),
-        [lens_layer, *select_layers(adapter.lens, ranking_layers), adapter.lens.layers[-1]],
-        lambda hidden: hidden_rows(hidden)[rows.to(hidden.device)],
+        layers,
+        lambda hidden: encoding.rows(hidden_rows(hidden))[rows.to(hidden.device)],
     )
     seen, n_answer = len(encoding.visual_positions), len(answer_ids)
     log_probability = adapter.lens.log_probability(last[-n_answer:], text.ids[-n_answer:].to(last.device))
 
-    levels = []
-    for scale, geometry in geometries.items():
-        if scale == 1.0:
-            hidden = visual[:seen]
+    levels: list[Level] = []
+    for scale, sight in sights.items():
+        if isinstance(sight, TokenGeometry) and scale == 1.0:
+            levels.append(TokenLevel.of(adapter, scale, sight, visual[:seen], text.ids))
+            continue
+        report(f"Looking at scale {scale:g}")
+        inputs = adapter.prepare(resize_pictures(pictures, sight.image_sizes), prompt)
+        if isinstance(sight, TokenGeometry):
+            levels.append(TokenLevel.of(adapter, scale, sight, visual_states(adapter, inputs, layers[0]), text.ids))
         else:
-            report(f"Looking at scale {scale:g}")
-            sizes = geometry.image_sizes
-            resized = [p.resize(size, Image.Resampling.BICUBIC) for p, size in zip(pictures, sizes, strict=True)]
-            hidden = _visual_states(adapter, resized, prompt, lens_layer)
-        activation = adapter.lens.activation(hidden, text.ids).clamp_min(0).T.cpu()
-        levels.append(Level(scale, activation, geometry))
+            there = adapter.encode(inputs, answer_ids)
+            positions = TextTokens.of(adapter, there, _shown_prompt(prompt)).positions
+            levels.append(PixelLevel.of(adapter, scale, sight, there, positions))
     return Reading(
         pictures=pictures,
         text=text,
@@ -179,48 +159,6 @@ def read_answer(
         last=last[seen:],
         probabilities=log_probability.exp().cpu(),
     )
-
-
-def _visual_states(
-    adapter: ModelAdapter, pictures: list[Image.Image], prompt: Prompt, layer: torch.nn.Module
-) -> Tensor:
-    """Hidden states (V, D) at the visual positions. They come before the answer, which is therefore left out."""
-    inputs = adapter.prepare(pictures, prompt)
-    positions = visual_positions(adapter.model, inputs["input_ids"])
-    (hidden,) = run_layers(
-        lambda: adapter.run(inputs), [layer], lambda hidden: hidden_rows(hidden)[positions.to(hidden.device)]
-    )
-    return hidden
-
-
-def _shrinks(inputs: Mapping[str, Any], pictures: list[Image.Image]) -> bool:
-    """Whether the processor at least halves the pictures' sides, so that nothing can come of enlarging them."""
-    elements = sum(v.numel() for v in inputs.values() if isinstance(v, Tensor) and v.is_floating_point())
-    return 4 * elements / 3 < sum(picture.width * picture.height for picture in pictures)
-
-
-def _levels(
-    adapter: ModelAdapter, pictures: list[Image.Image], scales: Sequence[float], shrinks: bool
-) -> tuple[dict[float, TokenGeometry], list[float]]:
-    """Geometry at each scale that shows the model something of its own, and the scales that do not."""
-    sizes = [picture.size for picture in pictures]
-    original = adapter.geometry(sizes)
-    kept: dict[float, TokenGeometry] = {}
-    dropped: list[float] = []
-    # Upwards from the original: an enlargement repeats whatever smaller one has the same tokens.
-    for scale in sorted(scales, key=lambda s: (s > 1, s)):
-        if shrinks and scale > 1:
-            dropped.append(scale)
-            continue
-        resized = [(max(1, round(width * scale)), max(1, round(height * scale))) for width, height in sizes]
-        geometry = original if scale == 1.0 else adapter.geometry(resized)
-        twins = [original, *(g for s, g in kept.items() if s > 1)] if scale > 1 else []
-        if any(geometry.same_tokens(twin) for twin in twins):
-            dropped.append(scale)
-        else:
-            kept[scale] = geometry
-    # Where only enlargements were asked for and all repeat the original, that is what they show.
-    return kept or {1.0: original}, dropped
 
 
 def _shown_prompt(prompt: Prompt) -> str:

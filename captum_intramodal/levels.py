@@ -1,0 +1,296 @@
+r"""What one scale of the pictures shows: the text tokens' maps at visual tokens, or over the pixels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+
+from captum_intramodal.adapter import Encoding, ModelAdapter
+from captum_intramodal.canvas import canvas_grid, draw_on_canvas
+from captum_intramodal.coordinates import PixelMaps
+from captum_intramodal.geometry import TokenGeometry
+from captum_intramodal.hooks import hidden_rows, run_layers
+
+__all__ = [
+    "METHODS",
+    "Level",
+    "Method",
+    "PixelLevel",
+    "TokenLevel",
+    "find_sights",
+    "input_x_gradient",
+    "resize_pictures",
+    "visual_states",
+]
+
+Method = Literal["auto", "logit_lens", "input_x_gradient"]
+METHODS: tuple[Method, ...] = ("auto", "logit_lens", "input_x_gradient")
+Sight = TokenGeometry | PixelMaps
+
+# Gradients at single pixels are noise; they are summed over cells, this many along the longer side.
+_CELLS = 24
+
+
+class Level(Protocol):
+    """What one scale shows of the text tokens' maps.
+
+    Attributes:
+        scale (float): factor of the pictures' size.
+        n_visual (int): number of values per map: visual tokens, or cells.
+    """
+
+    @property
+    def scale(self) -> float: ...
+
+    @property
+    def n_visual(self) -> int: ...
+
+    def cell_size(self, size: tuple[int, int]) -> list[float]:
+        """Typical width and height, in pixels of the first picture, of what a value stands for."""
+
+    def grid(self, image: int, size: tuple[int, int]) -> tuple[int, int]:
+        """Rows and columns of a canvas over a picture of this (width, height) that keeps what the level shows."""
+
+    def draw(self, image: int, size: tuple[int, int], grid: tuple[int, int]) -> Tensor:
+        """Maps of the text tokens over a picture, float32 (T, rows, columns)."""
+
+
+@dataclass(frozen=True)
+class TokenLevel:
+    """The text tokens' logit lens at each visual token, and where those lie in the originals.
+
+    Attributes:
+        scale (float): factor of the pictures' size.
+        activation (Tensor): float32 (T, V), clipped at 0.
+        geometry (TokenGeometry): of the resized pictures.
+    """
+
+    scale: float
+    activation: Tensor
+    geometry: TokenGeometry
+
+    @classmethod
+    def of(
+        cls, adapter: ModelAdapter, scale: float, geometry: TokenGeometry, hidden: Tensor, ids: Tensor
+    ) -> TokenLevel:
+        """From the hidden states (V, D) at the visual positions."""
+        return cls(scale, adapter.lens.activation(hidden, ids).clamp_min(0).T.cpu(), geometry)
+
+    @property
+    def n_visual(self) -> int:
+        return self.activation.shape[1]
+
+    def boxes(self, image: int, size: tuple[int, int]) -> Tensor:
+        """Boxes in pixels of the original picture; NaN for tokens of other pictures."""
+        width, height = self.geometry.image_sizes[image]
+        boxes = self.geometry.boxes * torch.tensor([size[0] / width, size[1] / height] * 2)
+        return boxes.masked_fill((self.geometry.image_index != image)[:, None], torch.nan)
+
+    def cell_size(self, size: tuple[int, int]) -> list[float]:
+        boxes = self.boxes(0, size)
+        boxes = boxes[~boxes.isnan().any(1)]
+        return [round(float((boxes[:, 2 + axis] - boxes[:, axis]).median()), 2) for axis in (0, 1)]
+
+    def grid(self, image: int, size: tuple[int, int]) -> tuple[int, int]:
+        return canvas_grid(self.boxes(image, size), size)
+
+    def draw(self, image: int, size: tuple[int, int], grid: tuple[int, int]) -> Tensor:
+        return draw_on_canvas(self.activation, self.boxes(image, size), size, grid)
+
+
+@dataclass(frozen=True)
+class PixelLevel:
+    """Input times gradient of the text tokens' log-probabilities, for models without a place per visual token.
+
+    Attributes:
+        scale (float): factor of the pictures' size.
+        maps (list[Tensor]): per picture float32 (T, rows, columns), clipped at 0.
+    """
+
+    scale: float
+    maps: list[Tensor]
+
+    @classmethod
+    def of(
+        cls, adapter: ModelAdapter, scale: float, pixels: PixelMaps, encoding: Encoding, positions: Tensor
+    ) -> PixelLevel:
+        """From one pass over prompt and answer, and one backward pass per text token, at their positions."""
+        grids = [_square_cells(size) for size in pixels.image_sizes]
+        maps: list[list[Tensor]] = [[] for _ in grids]
+        for attribution in input_x_gradient(adapter, encoding, list(pixels.maps), positions):
+            for image, grid in enumerate(grids):
+                folded = [pixels.maps[key].fold(value, grid, image) for key, value in attribution.items()]
+                maps[image].append(torch.stack(folded).sum(0).clamp_min(0))
+        return cls(scale, [torch.stack(m) for m in maps])
+
+    @property
+    def n_visual(self) -> int:
+        return sum(m[0].numel() for m in self.maps)
+
+    def cell_size(self, size: tuple[int, int]) -> list[float]:
+        rows, columns = self.grid(0, size)
+        return [round(size[0] / columns, 2), round(size[1] / rows, 2)]
+
+    def grid(self, image: int, size: tuple[int, int]) -> tuple[int, int]:
+        rows, columns = self.maps[image].shape[1:]
+        return rows, columns
+
+    def draw(self, image: int, size: tuple[int, int], grid: tuple[int, int]) -> Tensor:
+        maps = self.maps[image]
+        if grid == self.grid(image, size):
+            return maps
+        return F.interpolate(maps[:, None], grid, mode="bilinear", align_corners=False)[:, 0]
+
+
+def _square_cells(size: tuple[int, int]) -> tuple[int, int]:
+    """Rows and columns."""
+    width, height = size
+    cell = max(max(size) / _CELLS, 1.0)
+    return max(1, round(height / cell)), max(1, round(width / cell))
+
+
+def input_x_gradient(
+    adapter: ModelAdapter, encoding: Encoding, keys: Sequence[str], positions: Tensor
+) -> Iterator[dict[str, Tensor]]:
+    r"""
+    Input times gradient of text tokens' log-probabilities with respect to the processor's pixel tensors.
+
+    Args:
+
+        adapter (ModelAdapter): The model.
+        encoding (Encoding): Prompt and answer; batch of 1.
+        keys (Sequence[str]): Names of the pixel tensors among the inputs.
+        positions (Tensor): Positions of the text tokens, int64 (T,). What stands at position 0 nothing predicts: its
+                    gradient is 0.
+
+    Yields:
+        **attribution** (*dict*):
+            Per text token, by name, a float32 tensor of the pixel tensor's shape, on the CPU.
+
+    Raises:
+        ValueError: no gradient reaches the pixels, as where a model quantises its pictures.
+    """
+    leaves = {key: encoding.inputs[key].to(adapter.model.dtype).detach().clone().requires_grad_() for key in keys}
+    with torch.enable_grad():
+        logits = encoding.rows(adapter.run(encoding.inputs | leaves).logits[0])
+        rows, ids = (positions - 1).clamp_min(0), encoding.input_ids[positions]
+        scores = logits[rows.to(logits.device)].float().log_softmax(1).gather(1, ids.to(logits.device)[:, None])[:, 0]
+        if not scores.requires_grad:
+            raise ValueError(
+                f"No gradient passes from the answer to the pixels of {type(adapter.model).__name__}; it has neither a "
+                "place per visual token nor pixel attribution."
+            )
+    for score, position in zip(scores, positions.tolist(), strict=True):
+        if position == 0:
+            yield {key: torch.zeros(leaf.shape) for key, leaf in leaves.items()}
+            continue
+        grads = torch.autograd.grad(score, list(leaves.values()), retain_graph=True, allow_unused=True)
+        yield {
+            key: torch.zeros(leaf.shape) if grad is None else (leaf.detach() * grad).float().cpu()
+            for (key, leaf), grad in zip(leaves.items(), grads, strict=True)
+        }
+
+
+def resize_pictures(pictures: Sequence[Image.Image], sizes: Sequence[tuple[int, int]]) -> list[Image.Image]:
+    """Pictures at other (width, height)s; a picture that has its size already stays as it is."""
+    return [
+        picture if picture.size == size else picture.resize(size, Image.Resampling.BICUBIC)
+        for picture, size in zip(pictures, sizes, strict=True)
+    ]
+
+
+def visual_states(adapter: ModelAdapter, inputs: Mapping[str, Any], layer: nn.Module) -> Tensor:
+    """Hidden states (V, D) at the visual positions of a prompt. They come before the answer, which is left out."""
+    positions = adapter.visual_positions(inputs["input_ids"])
+    (hidden,) = run_layers(
+        lambda: adapter.run(inputs), [layer], lambda hidden: hidden_rows(hidden)[positions.to(hidden.device)]
+    )
+    return hidden
+
+
+def find_sights(
+    adapter: ModelAdapter,
+    pictures: Sequence[Image.Image],
+    scales: Sequence[float],
+    inputs: Mapping[str, Any],
+    method: Method = "auto",
+) -> tuple[dict[float, Sight], list[float]]:
+    r"""
+    What the model sees at each scale that shows it something of its own, and the scales that do not.
+
+    Args:
+
+        adapter (ModelAdapter): The model and its processor.
+        pictures (Sequence[PIL.Image.Image]): The originals.
+        scales (Sequence[float]): Factors of their size.
+        inputs (Mapping): What the processor makes of the originals.
+        method (str, optional): ``'logit_lens'`` needs a place per visual token (:class:`TokenGeometry`),
+                    ``'input_x_gradient'`` one per pixel element (:class:`PixelMaps`). ``'auto'``: the first where the
+                    model has one.
+                    Default: ``'auto'``
+
+    Returns:
+        tuple: sights by scale, and the scales that are left out.
+
+    Raises:
+        ValueError: an unknown method, or one that the model cannot do.
+    """
+    if method not in METHODS:
+        raise ValueError(f"method must be one of {', '.join(METHODS)}; got {method!r}.")
+    sizes = [picture.size for picture in pictures]
+    original, see = _see(adapter, sizes, method)
+    kept: dict[float, Sight] = {}
+    dropped: list[float] = []
+    shrinks = _shrinks(inputs, pictures)
+    # Upwards from the original: an enlargement repeats whatever smaller one shows the same.
+    for scale in sorted(scales, key=lambda s: (s > 1, s)):
+        if shrinks and scale > 1:
+            dropped.append(scale)
+            continue
+        resized = [(max(1, round(width * scale)), max(1, round(height * scale))) for width, height in sizes]
+        sight = original if scale == 1.0 else see(resized)
+        twins = [original, *(s for factor, s in kept.items() if factor > 1)] if scale > 1 else []
+        if any(_show_same(sight, twin) for twin in twins):
+            dropped.append(scale)
+        else:
+            kept[scale] = sight
+    # Where only enlargements were asked for and all repeat the original, that is what they show.
+    return kept or {1.0: original}, dropped
+
+
+def _see(
+    adapter: ModelAdapter, sizes: Sequence[tuple[int, int]], method: Method
+) -> tuple[Sight, Callable[[Sequence[tuple[int, int]]], Sight]]:
+    """The sight of the originals, and the function that gives it at other sizes."""
+    if method != "input_x_gradient":
+        try:
+            geometry = adapter.geometry(sizes)
+            if bool(geometry.is_local.any()):
+                return geometry, adapter.geometry
+            reason = f"none of its {len(geometry.kinds)} visual tokens stands for a region of the picture"
+        except ValueError as error:
+            reason = str(error)
+        if method == "logit_lens":
+            raise ValueError(
+                f"{type(adapter.model).__name__} has no map per visual token: {reason} method='input_x_gradient' "
+                "explains it by its pixels."
+            )
+    return adapter.pixel_maps(sizes), adapter.pixel_maps
+
+
+def _show_same(one: Sight, other: Sight) -> bool:
+    if isinstance(one, TokenGeometry):
+        return isinstance(other, TokenGeometry) and one.shows_same(other)
+    return isinstance(other, PixelMaps) and one.shows_same(other)
+
+
+def _shrinks(inputs: Mapping[str, Any], pictures: Sequence[Image.Image]) -> bool:
+    """Whether the processor at least halves the pictures' sides, so that nothing can come of enlarging them."""
+    elements = sum(v.numel() for v in inputs.values() if isinstance(v, Tensor) and v.is_floating_point())
+    return 4 * elements / 3 < sum(picture.width * picture.height for picture in pictures)
