@@ -6,8 +6,10 @@ from typing import Any
 
 from torch import nn
 
-__all__ = ["decoder_layers", "final_norm"]
+__all__ = ["decoder_layers", "final_norm", "readable_layers"]
 
+# Model types whose final norm does not read the last layer's output, and the module of the decoder that it reads.
+FINAL_STATES: dict[str, str] = {"inkling2_text": "final_input"}
 # Where decoders keep their final norm, most common name first.
 NORM_NAMES: tuple[str, ...] = ("norm", "final_layernorm", "embedding_norm", "final_layer_norm", "ln_f")
 
@@ -23,10 +25,18 @@ def decoder_layers(model: Any) -> nn.ModuleList:
     if isinstance(layers, nn.ModuleList):
         return layers
     depth = getattr(model.config.get_text_config(decoder=True), "num_hidden_layers", None)
-    for module in decoder.modules():
-        if isinstance(module, nn.ModuleList) and len(module) == depth:
-            return module
+    lists = [module for module in decoder.modules() if isinstance(module, nn.ModuleList) and len(module) == depth]
+    if lists:
+        return lists[-1]  # Towers and encoders come before what reads them.
     raise TypeError(f"The decoder of {type(model).__name__} has no list of {depth} layers, so it cannot be read.")
+
+
+def readable_layers(model: Any) -> nn.ModuleList:
+    """The layers that a lens reads: the decoder's, the last one replaced where the final norm reads something else."""
+    layers = decoder_layers(model)
+    decoder = model.get_decoder()
+    name = FINAL_STATES.get(getattr(getattr(decoder, "config", None), "model_type", ""))
+    return layers if name is None else nn.ModuleList([*layers[:-1], getattr(decoder, name)])
 
 
 def final_norm(model: Any) -> nn.Module:

@@ -181,12 +181,13 @@ def input_x_gradient(
         logits = encoding.rows(adapter.run(encoding.inputs | leaves).logits[0])
         rows, ids = (positions - 1).clamp_min(0), encoding.input_ids[positions]
         scores = logits[rows.to(logits.device)].float().log_softmax(1).gather(1, ids.to(logits.device)[:, None])[:, 0]
+        each = scores.unbind()
         if not scores.requires_grad:
             raise ValueError(
                 f"No gradient passes from the answer to the pixels of {type(adapter.model).__name__}; it has neither a "
                 "place per visual token nor pixel attribution."
             )
-    for score, position in zip(scores, positions.tolist(), strict=True):
+    for score, position in zip(each, positions.tolist(), strict=True):
         if position == 0:
             yield {key: torch.zeros(leaf.shape) for key, leaf in leaves.items()}
             continue

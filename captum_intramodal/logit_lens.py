@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from captum_intramodal._captum import format_additional_forward_args, format_tensor_into_tuples, log_usage
-from captum_intramodal.decoder import decoder_layers, final_norm
+from captum_intramodal.decoder import final_norm, readable_layers
 from captum_intramodal.hooks import (
     capture_outputs,
     first_tensor,
@@ -67,7 +67,7 @@ class LogitLens:
     def __init__(self, model: PreTrainedModel, inputs: Mapping[str, Any] | None = None) -> None:
         if not hasattr(model, "get_output_embeddings"):
             raise TypeError(f"LogitLens needs a transformers model, got {type(model).__name__}.")
-        self.layers: nn.ModuleList = decoder_layers(model)
+        self.layers: nn.ModuleList = readable_layers(model)
         self.norm: nn.Module = final_norm(model)
         self.head: nn.Module | None = model.get_output_embeddings()
         self.factor: float = 1.0

@@ -1,0 +1,104 @@
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from captum.attr import InputXGradient
+from PIL import Image
+from tiny import tiny
+from torch import Tensor
+
+from captum_intramodal import ModelAdapter, explain
+from captum_intramodal.levels import find_sights, input_x_gradient
+
+
+def picture(width: int = 160, height: int = 120) -> Image.Image:
+    coarse = np.random.default_rng(3).integers(0, 256, (5, 7, 3), np.uint8)
+    return Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
+
+
+@pytest.mark.parametrize("model_type", ["llava", "smolvlm"])
+def test_input_x_gradient_is_captums(model_type: str) -> None:
+    model, processor = tiny(model_type)
+    adapter = ModelAdapter(model, processor)
+    inputs = adapter.prepare([picture()], "describe the picture")
+    encoding = adapter.encode(inputs, adapter.tokenize_answer("a red dog"))
+    n = len(encoding.input_ids)
+
+    def forward(pixels: Tensor) -> Tensor:
+        logits = torch.cat([model(**(encoding.inputs | {"pixel_values": p})).logits for p in pixels])
+        rows = logits[:, :-1].log_softmax(-1)
+        return rows.gather(2, encoding.input_ids[None, 1:, None])[..., 0]
+
+    positions = torch.tensor([0, n - 3, n - 1])
+    actual = [a["pixel_values"] for a in input_x_gradient(adapter, encoding, ["pixel_values"], positions)]
+    # One example of Captum is the whole pixel tensor, tiles included.
+    pixels = encoding.inputs["pixel_values"][None]
+    for position, attribution in zip(positions[1:].tolist(), actual[1:], strict=True):
+        expected = InputXGradient(forward).attribute(pixels, target=position - 1)[0]
+        torch.testing.assert_close(attribution, expected.detach(), atol=1e-6, rtol=1e-4)
+        assert attribution.abs().sum() > 0
+    assert not actual[0].any(), "nothing predicts the first token"
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_explain_by_pixels() -> None:
+    model, processor = tiny("llava")
+    arguments = (model, processor, picture(), "describe the picture", "a red dog")
+    result = explain(*arguments, scales=(0.5, 1.0), arc=None, method="input_x_gradient")
+    assert result.settings["method"] == "input_x_gradient"
+    assert result.settings["scales"] == [0.5, 1.0]
+    assert result.maps[0].shape[1:] == (18, 24)
+    assert result.settings["levels"][1]["token_size"] == [6.67, 6.67]
+    adapter = ModelAdapter(model, processor)
+    encoding = adapter.encode(adapter.prepare([picture()], "describe the picture"), adapter.tokenize_answer("dog"))
+    alone = explain(*arguments[:4], "dog", scales=(1.0,), arc=None, method="input_x_gradient")
+    (attribution,) = input_x_gradient(adapter, encoding, ["pixel_values"], torch.tensor([len(encoding.input_ids) - 1]))
+    pixels = adapter.pixel_maps([(160, 120)]).maps["pixel_values"]
+    expected = pixels.fold(attribution["pixel_values"], (18, 24)).clamp_min(0)
+    torch.testing.assert_close(alone.maps[0][-1], expected)
+    # The centre crop's margins are not seen.
+    assert not alone.maps[0][:, :, :2].any() and not alone.maps[0][:, :, -2:].any() and alone.maps[0].any()
+    suppressed = explain(*arguments, scales=(1.0,), method="input_x_gradient")
+    assert suppressed.settings["arc"] is not None
+
+
+def test_the_lens_is_the_default_where_tokens_have_places() -> None:
+    model, processor = tiny("smolvlm")
+    arguments = (model, processor, picture(), "describe the picture", "a dog")
+    by_default = explain(*arguments, scales=(1.0,))
+    assert by_default.settings["method"] == "logit_lens"
+    assert torch.equal(by_default.maps[0], explain(*arguments, scales=(1.0,), method="logit_lens").maps[0])
+
+
+def test_enlargements_that_become_the_same_pixels_are_dropped() -> None:
+    adapter = ModelAdapter(*tiny("llava"))
+    pictures = [picture()]
+    inputs = adapter.prepare(pictures, "describe")
+    kept, dropped = find_sights(adapter, pictures, (0.5, 1.0, 1.5), inputs, "input_x_gradient")
+    assert list(kept) == [0.5, 1.0] and dropped == [1.5]
+    # A processor of native resolution shows more of an enlarged picture.
+    adapter = ModelAdapter(*tiny("qwen2_vl"))
+    kept, dropped = find_sights(adapter, pictures, (1.0, 1.5), adapter.prepare(pictures, "a"), "input_x_gradient")
+    assert list(kept) == [1.0, 1.5] and not dropped
+
+
+def test_errors(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, processor = tiny("llava")
+    arguments: Any = (model, processor, picture(), "describe the picture", "a dog")
+    with pytest.raises(ValueError, match="method must be one of"):
+        explain(*arguments, method="gradcam")  # type: ignore[arg-type]
+
+    def none(self: ModelAdapter, sizes: Any) -> Any:
+        raise ValueError("its tokens have no fixed boxes.")
+
+    monkeypatch.setattr(ModelAdapter, "geometry", none)
+    assert explain(*arguments, scales=(1.0,)).settings["method"] == "input_x_gradient"
+    with pytest.raises(ValueError, match=r"no fixed boxes\. method='input_x_gradient'"):
+        explain(*arguments, method="logit_lens")
+    projector = model.model.multi_modal_projector
+    monkeypatch.setattr(projector, "forward", torch.no_grad()(projector.forward))
+    with pytest.raises(ValueError, match="No gradient passes"):
+        explain(*arguments)
