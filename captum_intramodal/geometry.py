@@ -57,6 +57,10 @@ CACHE_SIZE = 128
 # Pictures of more pixels than this are measured on reduced ones where the processor shrinks them anyway.
 LARGE = 1 << 20
 
+# Model types whose visual tokens are codes: a raster over their pixel tensor, which no small change of pixels moves. To
+# each row the processor appends so many tokens that end it.
+CODE_RASTERS: dict[str, int] = {"chameleon": 0, "emu3": 1}
+
 _CHUNKS = 32
 # Ownership marks tokens by powers of two, so many bits of a token's number at once as the exponent's range allows.
 _DIGIT_BITS = {torch.float16: 3}
@@ -566,6 +570,35 @@ def _model_inputs(model: PreTrainedModel, inputs: Mapping[str, Any]) -> dict[str
     }
 
 
+def _code_raster(pixels: Mapping[str, PixelMap], sizes: tuple[Size, ...], n_tokens: int, ends: int) -> TokenGeometry:
+    """Geometry of tokens that lie row by row over a pixel tensor (pictures, channels, height, width)."""
+    (map_,) = pixels.values()
+    n_images, channels, height, width = map_.shape
+    per_image, rest = divmod(n_tokens, n_images)
+    # rows x (columns + ends) tokens, with columns : rows as width : height.
+    rows = [r for r in range(1, height + 1) if r * (round(r * width / height) + ends) == per_image]
+    if rest or n_images != len(sizes) or len(rows) != 1:
+        raise ValueError(f"{n_tokens} codes are no raster over {n_images} pixel tensors of {width} x {height}.")
+    columns = round(rows[0] * width / height)
+    lower, upper = (e.reshape(2, n_images, channels, height, width)[:, :, 0] for e in (map_.lower, map_.upper))
+    # Each token's first and last element of the first row and column of its cell.
+    first_y, first_x = (torch.arange(n) * side // n for n, side in ((rows[0], height), (columns, width)))
+    last_y, last_x = (torch.arange(1, n + 1) * side // n - 1 for n, side in ((rows[0], height), (columns, width)))
+    shape = (n_images, rows[0], columns)
+    boxes = torch.stack(
+        [
+            lower[0][:, :1, first_x].expand(shape),
+            lower[1][:, first_y, :1].expand(shape),
+            upper[0][:, :1, last_x].expand(shape),
+            upper[1][:, last_y, :1].expand(shape),
+        ],
+        dim=-1,
+    )
+    boxes = torch.nn.functional.pad(boxes, (0, 0, 0, ends), value=math.nan).reshape(-1, 4)
+    kinds = tuple((("local",) * columns + ("separator",) * ends) * rows[0] * n_images)
+    return TokenGeometry(boxes, kinds, torch.arange(n_images).repeat_interleave(per_image), sizes)
+
+
 def _checked_sizes(image_sizes: Sequence[Size]) -> tuple[Size, ...]:
     sizes = tuple((int(width), int(height)) for width, height in image_sizes)
     if not sizes or any(min(size) < 1 for size in sizes):
@@ -657,6 +690,9 @@ def measure_geometry(model: PreTrainedModel, prepare: Prepare, image_sizes: Sequ
                     f"{tuple(map_.shape)} for black pictures of the same sizes {list(sizes)}; it crops by content, so "
                     "its tokens have no fixed boxes."
                 )
+        if model.config.model_type in CODE_RASTERS:
+            n_tokens = len(visual_positions(model, inputs["input_ids"]))
+            return _code_raster(pixels, sizes, n_tokens, CODE_RASTERS[model.config.model_type])
         with _bypassed_attention(model, inputs):
             sweep = _Sweep(model, inputs, pixels)
             owners = sweep.owners()
