@@ -30,7 +30,8 @@ errors = Console(stderr=True, soft_wrap=True)
 
 OutOption = Annotated[Path, typer.Option("--out", help="Directory for index.html, overview.png and the explanation.")]
 ScalesOption = Annotated[
-    str | None, typer.Option("--scales", help="Factors of the picture's size, such as 1,1.5,2. Default: the library's.")
+    str | None,
+    typer.Option("--scales", help="Factors of the picture's size, such as 1,1.5,2. Default: what suits the model."),
 ]
 ModelOption = Annotated[
     str, typer.Option("--model", help="Directory of a checkpoint, or its id on the Hugging Face hub.")
@@ -152,7 +153,7 @@ def _explain(
                 arc=not no_arc,
                 max_new_tokens=max_new_tokens,
                 progress=status.update,
-                scales=captum_intramodal.DEFAULT_SCALES if factors is None else factors,
+                scales="auto" if factors is None else factors,
             )
             status.update("Drawing")
             _write(out, explanation, draw_overview)

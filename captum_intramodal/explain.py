@@ -18,8 +18,8 @@ from captum_intramodal.adapter import ModelAdapter, Prompt
 from captum_intramodal.arc import ARC, ContextRelevance
 from captum_intramodal.explanation import Explanation
 from captum_intramodal.hooks import evaluation_mode
-from captum_intramodal.levels import Method, TokenLevel
-from captum_intramodal.msea import DEFAULT_SCALES, Aggregation, check_scales, normalized_weights
+from captum_intramodal.levels import Method, Scales, TokenLevel
+from captum_intramodal.msea import Aggregation, check_scales, normalized_weights
 from captum_intramodal.reading import read_answer
 
 __all__ = ["explain"]
@@ -32,7 +32,7 @@ def explain(
     prompt: Prompt,
     answer: str | Sequence[int] | None = None,
     *,
-    scales: Sequence[float] = DEFAULT_SCALES,
+    scales: Scales = "auto",
     scale_weights: Sequence[float] | None = None,
     aggregation: Aggregation = "mean",
     arc: bool | Mapping[str, Any] | None = True,
@@ -59,11 +59,12 @@ def explain(
                     them.
         answer (str or Sequence[int], optional): The answer to explain, as text or token ids.
                     Default: None, the model's own greedy answer.
-        scales (Sequence[float], optional): Factors by which the pictures are resized. A scale that shows the model
-                    nothing new, because its processor brings the picture to the same size anyway, is dropped with a
-                    warning.
-                    Default: ``(1.0, 1.5, 2.0)``
-        scale_weights (Sequence[float], optional): Weight of each scale.
+        scales (Sequence[float] or str, optional): Factors by which the pictures are resized. A scale that shows the
+                    model nothing new, because its processor brings the picture to the same size anyway, is dropped with
+                    a warning. ``'auto'``: ``(1.0, 1.5, 2.0)`` as far as the model sees more there; instead of the
+                    others, 0.75 and 0.5 if they have a grid of tokens of their own.
+                    Default: ``'auto'``
+        scale_weights (Sequence[float], optional): Weight of each of the given scales.
                     Default: None, equal weights.
         aggregation (str, optional): ``'mean'``, ``'max'`` or ``'geometric_mean'``.
                     Default: ``'mean'``
@@ -97,8 +98,12 @@ def explain(
     """
     adapter = ModelAdapter(model, processor)
     pictures = _check_images(images)
-    requested = check_scales(scales)
-    weight_of = dict(zip(requested, normalized_weights(requested, scale_weights).tolist(), strict=True))
+    weight_of: dict[float, float] = {}
+    if not isinstance(scales, str):
+        scales = check_scales(scales)
+        weight_of = dict(zip(scales, normalized_weights(scales, scale_weights).tolist(), strict=True))
+    elif scale_weights is not None:
+        raise ValueError(f"scale_weights need the scales that they belong to; scales is {scales!r}.")
     ranking = ARC(model=adapter.lens, **(arc if isinstance(arc, Mapping) else {}))
     suppress = arc is not None and arc is not False
 
@@ -108,7 +113,7 @@ def explain(
             pictures,
             prompt,
             answer,
-            requested,
+            scales,
             layer,
             ranking.layers,
             max_new_tokens,
@@ -116,13 +121,13 @@ def explain(
             progress or _silent,
         )
     kept = [level.scale for level in reading.levels]
-    kept_weights = [weight_of.get(scale, 0.0) for scale in kept]
-    if len(kept) > 1 and not any(kept_weights):
+    kept_weights = [weight_of[scale] for scale in kept] if len(kept) > 1 and weight_of else None
+    if kept_weights is not None and not any(kept_weights):
         raise ValueError(
             f"The scales that are left, {kept}, have no weight, and {reading.dropped} show the model nothing new; give "
             "another scale a weight."
         )
-    weights = normalized_weights(kept, kept_weights if len(kept) > 1 else None)
+    weights = normalized_weights(kept, kept_weights)
     if reading.dropped:
         warnings.warn(
             f"Scales {reading.dropped} show the model nothing new and are left out: its processor brings the pictures "

@@ -16,12 +16,14 @@ from captum_intramodal.canvas import canvas_grid, draw_on_canvas
 from captum_intramodal.coordinates import PixelMaps
 from captum_intramodal.geometry import TokenGeometry
 from captum_intramodal.hooks import hidden_rows, run_layers
+from captum_intramodal.msea import DEFAULT_SCALES, check_scales
 
 __all__ = [
     "METHODS",
     "Level",
     "Method",
     "PixelLevel",
+    "Scales",
     "TokenLevel",
     "find_sights",
     "input_x_gradient",
@@ -31,7 +33,11 @@ __all__ = [
 
 Method = Literal["auto", "logit_lens", "input_x_gradient"]
 METHODS: tuple[Method, ...] = ("auto", "logit_lens", "input_x_gradient")
+Scales = Sequence[float] | Literal["auto"]
 Sight = TokenGeometry | PixelMaps
+
+# What scales="auto" tries where the model sees nothing more of an enlarged picture.
+_REDUCTIONS = (0.75, 0.5)
 
 # Gradients at single pixels are noise; they are summed over cells, this many along the longer side.
 _CELLS = 24
@@ -218,7 +224,7 @@ def visual_states(adapter: ModelAdapter, inputs: Mapping[str, Any], layer: nn.Mo
 def find_sights(
     adapter: ModelAdapter,
     pictures: Sequence[Image.Image],
-    scales: Sequence[float],
+    scales: Scales,
     inputs: Mapping[str, Any],
     method: Method = "auto",
 ) -> tuple[dict[float, Sight], list[float]]:
@@ -229,7 +235,8 @@ def find_sights(
 
         adapter (ModelAdapter): The model and its processor.
         pictures (Sequence[PIL.Image.Image]): The originals.
-        scales (Sequence[float]): Factors of their size.
+        scales (Sequence[float] or str): Factors of their size. ``'auto'``: the default ones, as far as the model sees
+                    something of its own there, filled up with reductions that have a grid of tokens of their own.
         inputs (Mapping): What the processor makes of the originals.
         method (str, optional): ``'logit_lens'`` needs a place per visual token (:class:`TokenGeometry`),
                     ``'input_x_gradient'`` one per pixel element (:class:`PixelMaps`). ``'auto'``: the first where the
@@ -249,20 +256,34 @@ def find_sights(
     kept: dict[float, Sight] = {}
     dropped: list[float] = []
     shrinks = _shrinks(inputs, pictures)
+    auto = isinstance(scales, str)
     # Upwards from the original: an enlargement repeats whatever smaller one shows the same.
-    for scale in sorted(scales, key=lambda s: (s > 1, s)):
+    for scale in _candidates(scales):
+        if auto and scale < 1 and len(kept) >= len(DEFAULT_SCALES):
+            break
         if shrinks and scale > 1:
             dropped.append(scale)
             continue
         resized = [(max(1, round(width * scale)), max(1, round(height * scale))) for width, height in sizes]
         sight = original if scale == 1.0 else see(resized)
-        twins = [original, *(s for factor, s in kept.items() if factor > 1)] if scale > 1 else []
+        # A reduction to the same tokens still shows less: the picture without its high frequencies.
+        twins = list(kept.values()) if auto else [s for factor, s in kept.items() if factor > 1] if scale > 1 else []
+        if scale > 1:
+            twins.append(original)
         if any(_show_same(sight, twin) for twin in twins):
             dropped.append(scale)
         else:
             kept[scale] = sight
     # Where only enlargements were asked for and all repeat the original, that is what they show.
-    return kept or {1.0: original}, dropped
+    return dict(sorted(kept.items())) or {1.0: original}, [] if auto else dropped
+
+
+def _candidates(scales: Scales) -> list[float]:
+    if not isinstance(scales, str):
+        return sorted(check_scales(scales), key=lambda s: (s > 1, s))
+    if scales != "auto":
+        raise ValueError(f"scales must be 'auto' or a sequence of factors such as (1, 1.5, 2), got {scales!r}.")
+    return [*DEFAULT_SCALES, *_REDUCTIONS]
 
 
 def _see(

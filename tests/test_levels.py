@@ -85,11 +85,39 @@ def test_enlargements_that_become_the_same_pixels_are_dropped() -> None:
     assert list(kept) == [1.0, 1.5] and not dropped
 
 
+@pytest.mark.parametrize(
+    ("model_type", "size", "scales"),
+    [
+        # Native resolution sees more of enlarged pictures, up to its largest grid of 160 tokens.
+        ("qwen2_vl", (160, 120), [1.0, 1.5, 2.0]),
+        ("qwen2_vl", (300, 200), [0.75, 1.0, 1.5]),
+        ("qwen2_vl", (640, 400), [0.5, 1.0]),
+        # Always the same tokens.
+        ("llava", (160, 120), [1.0]),
+        ("smolvlm", (160, 120), [1.0]),
+    ],
+)
+def test_auto_takes_levels_with_a_grid_of_their_own(
+    model_type: str, size: tuple[int, int], scales: list[float]
+) -> None:
+    adapter = ModelAdapter(*tiny(model_type))
+    pictures = [picture(*size)]
+    kept, dropped = find_sights(adapter, pictures, "auto", adapter.prepare(pictures, "a"))
+    assert list(kept) == scales and dropped == []
+    grids = [len(sight.kinds) for sight in kept.values()]
+    assert len(set(grids)) == len(grids)
+
+
 def test_errors(monkeypatch: pytest.MonkeyPatch) -> None:
     model, processor = tiny("llava")
     arguments: Any = (model, processor, picture(), "describe the picture", "a dog")
     with pytest.raises(ValueError, match="method must be one of"):
         explain(*arguments, method="gradcam")  # type: ignore[arg-type]
+
+    with pytest.raises(ValueError, match="'auto' or a sequence"):
+        explain(*arguments, scales="all")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="scale_weights need the scales"):
+        explain(*arguments, scale_weights=(1, 2))
 
     def none(self: ModelAdapter, sizes: Any) -> Any:
         raise ValueError("its tokens have no fixed boxes.")
