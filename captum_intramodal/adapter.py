@@ -14,6 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from captum_intramodal.coordinates import PixelMaps
+from captum_intramodal.decoder import input_device
 from captum_intramodal.geometry import TokenGeometry, cached_geometry, cached_pixels, image_token_id, visual_positions
 from captum_intramodal.logit_lens import LogitLens
 
@@ -63,6 +64,8 @@ class ModelAdapter:
     """
 
     def __init__(self, model: Any, processor: Any) -> None:
+        # A compiled module would be compiled anew for every hook and picture size.
+        model = getattr(model, "_orig_mod", model)
         if (
             not isinstance(model, torch.nn.Module)
             or not hasattr(model, "get_decoder")
@@ -93,8 +96,7 @@ class ModelAdapter:
     @property
     def device(self) -> torch.device:
         """Where the model wants its inputs."""
-        device: torch.device = self.model.get_input_embeddings().weight.device
-        return device
+        return input_device(self.model)
 
     def prompt_text(self, prompt: Prompt, n_images: int) -> str:
         """The prompt as the model reads it: in its chat template where it has one, with a placeholder per picture."""

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import nn
 
-__all__ = ["decoder_layers", "final_norm", "readable_layers"]
+__all__ = ["decoder_layers", "final_norm", "input_device", "readable_layers"]
 
 # Model types whose final norm does not read the last layer's output, and the module of the decoder that it reads.
 FINAL_STATES: dict[str, str] = {"inkling2_text": "final_input"}
@@ -29,6 +30,15 @@ def decoder_layers(model: Any) -> nn.ModuleList:
     if lists:
         return lists[-1]  # Towers and encoders come before what reads them.
     raise TypeError(f"The decoder of {type(model).__name__} has no list of {depth} layers, so it cannot be read.")
+
+
+def input_device(model: Any) -> torch.device:
+    """Where a model wants its inputs: at its embeddings; where those are offloaded, on the device they come back to."""
+    embeddings = model.get_input_embeddings()
+    device: torch.device = embeddings.weight.device
+    if device.type == "meta":
+        return torch.device(getattr(getattr(embeddings, "_hf_hook", None), "execution_device", None) or "cpu")
+    return device
 
 
 def readable_layers(model: Any) -> nn.ModuleList:

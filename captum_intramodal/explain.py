@@ -97,6 +97,7 @@ def explain(
         >>> explanation.to_html("page.html")
     """
     adapter = ModelAdapter(model, processor)
+    model = adapter.model
     pictures = _check_images(images)
     weight_of: dict[float, float] = {}
     if not isinstance(scales, str):

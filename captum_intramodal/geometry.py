@@ -27,12 +27,14 @@ from typing import Any, cast
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
+from torch.ao.nn.quantized.dynamic import Linear as DynamicQuantizedLinear
 from transformers import PreTrainedModel
 
 from captum_intramodal.coordinates import PixelMap, PixelMaps, Prepare, Size, measure_pixels
-from captum_intramodal.decoder import decoder_layers
+from captum_intramodal.decoder import decoder_layers, input_device
 from captum_intramodal.hooks import evaluation_mode, hidden_rows
 
 __all__ = [
@@ -236,6 +238,12 @@ def _attention_blocks(model: PreTrainedModel) -> list[nn.Module]:
     ]
 
 
+def _in_float(linear: DynamicQuantizedLinear, hidden: Tensor) -> Tensor:
+    """Dynamic quantisation couples all positions by their common scale; the geometry is that of its float weights."""
+    bias = linear.bias()
+    return F.linear(hidden, linear.weight().dequantize().to(hidden), None if bias is None else bias.to(hidden))
+
+
 @contextmanager
 def _bypassed_attention(model: PreTrainedModel, inputs: Mapping[str, Any]) -> Iterator[None]:
     """Turns every shape-preserving attention block outside the decoder's layers into the identity.
@@ -262,11 +270,13 @@ def _bypassed_attention(model: PreTrainedModel, inputs: Mapping[str, Any]) -> It
         for handle in handles:
             handle.remove()
 
+    replaced: dict[nn.Module, Any] = {block: partial(identity, size) for block, size in length.items()}
+    replaced |= {m: partial(_in_float, m) for m in model.modules() if isinstance(m, DynamicQuantizedLinear)}
     # accelerate and others keep a forward of their own on the instance, which must come back as it was.
-    own = {block: vars(block).get("forward") for block in length}
+    own = {block: vars(block).get("forward") for block in replaced}
     try:
-        for block, size in length.items():
-            vars(block)["forward"] = partial(identity, size)
+        for block, forward in replaced.items():
+            vars(block)["forward"] = forward
         yield
     finally:
         for block, forward in own.items():
@@ -561,7 +571,7 @@ def _model_inputs(model: PreTrainedModel, inputs: Mapping[str, Any]) -> dict[str
             "prepare must return the model inputs of one example, with 'input_ids' of shape (1, sequence length); got "
             f"{found} among {sorted(inputs)}."
         )
-    device = model.get_input_embeddings().weight.device
+    device = input_device(model)
     return {
         key: value.to(device, model.dtype if value.is_floating_point() else value.dtype)
         if isinstance(value, Tensor)
@@ -594,7 +604,7 @@ def _code_raster(pixels: Mapping[str, PixelMap], sizes: tuple[Size, ...], n_toke
         ],
         dim=-1,
     )
-    boxes = torch.nn.functional.pad(boxes, (0, 0, 0, ends), value=math.nan).reshape(-1, 4)
+    boxes = F.pad(boxes, (0, 0, 0, ends), value=math.nan).reshape(-1, 4)
     kinds = tuple((("local",) * columns + ("separator",) * ends) * rows[0] * n_images)
     return TokenGeometry(boxes, kinds, torch.arange(n_images).repeat_interleave(per_image), sizes)
 

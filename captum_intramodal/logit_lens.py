@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from captum_intramodal._captum import format_additional_forward_args, format_tensor_into_tuples, log_usage
-from captum_intramodal.decoder import final_norm, readable_layers
+from captum_intramodal.decoder import final_norm, input_device, readable_layers
 from captum_intramodal.hooks import (
     capture_outputs,
     first_tensor,
@@ -95,8 +95,7 @@ class LogitLens:
     def _calibrate(self, model: PreTrainedModel, inputs: Mapping[str, Any] | None) -> None:
         """Finds the factor or soft cap between ``norm(h) . w`` and the model's own logits; replays where none fits."""
         if inputs is None:
-            device = model.get_input_embeddings().weight.device
-            inputs = {"input_ids": torch.tensor([[3, 1, 4, 2]], device=device)}
+            inputs = {"input_ids": torch.tensor([[3, 1, 4, 2]], device=input_device(model))}
         last = self.layers[-1]
         with capture_outputs([last], hidden_rows) as captured:
             logits = model(**inputs).logits[0]
@@ -112,6 +111,8 @@ class LogitLens:
         weight = getattr(self.head, "weight", None)
         if not isinstance(weight, Tensor) or weight.ndim != 2 or weight.shape[1] != hidden.shape[-1]:
             return "no unembedding of the hidden states' width"
+        if weight.is_meta or any(parameter.is_meta for parameter in self.norm.parameters()):
+            return "norm or unembedding are offloaded"
         plain = self._product(self.normalize(hidden[None])[0], slice(None)).to(logits.device)
         if plain.numel() < logits.numel():
             return f"{logits.numel()} logits for {plain.numel()} rows of the unembedding"
