@@ -20,6 +20,9 @@ from captum_intramodal.logit_lens import LogitLens
 
 __all__ = ["Encoding", "ModelAdapter"]
 
+# Model types that tell the answer from the prompt by its token type.
+ANSWER_TYPES: dict[str, int] = {"paligemma": 1}
+
 Prompt = str | Sequence[Mapping[str, Any]]
 
 
@@ -122,7 +125,22 @@ class ModelAdapter:
         if "mm_token_type_ids" in signature(self.model.forward).parameters:
             extra["return_mm_token_type_ids"] = True
         batch = self.processor(images=list(images), text=[text], return_tensors="pt", **extra)
-        return {key: value.to(self.device) if isinstance(value, Tensor) else value for key, value in batch.items()}
+        inputs = {key: value.to(self.device) if isinstance(value, Tensor) else value for key, value in batch.items()}
+        return self._begin_decoding(inputs) if self.is_encoder_decoder else inputs
+
+    def _begin_decoding(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """What an encoder-decoder's decoder reads first: its start token, and the prompt if the encoder does not."""
+        for key in ("labels", "decoder_attention_mask"):
+            inputs.pop(key, None)
+        reads = signature(self.model.forward).parameters
+        prompt = inputs.pop("decoder_input_ids", None)
+        if "input_ids" not in reads and "input_ids" in inputs:
+            prompt = inputs.pop("input_ids")
+            inputs.pop("attention_mask", None)
+        ids = [] if prompt is None else prompt[0].tolist()
+        start = self._decoder_start
+        ids = ids if ids[:1] == [start] else [start, *ids]
+        return inputs | {"decoder_input_ids": torch.tensor([ids], device=self.device)}
 
     def run(self, inputs: Mapping[str, Any]) -> Any:
         """One forward pass with the processor's inputs, in the model's dtype; keeps no cache."""
@@ -146,11 +164,15 @@ class ModelAdapter:
 
     def _prompt_length(self, inputs: Mapping[str, Any]) -> int:
         """Tokens that stand before the answer in the decoder's sequence."""
-        return 1 if self.is_encoder_decoder else int(inputs["input_ids"].shape[1])
+        return int(self._decoder_ids(inputs).shape[1])
+
+    def _decoder_ids(self, inputs: Mapping[str, Any]) -> Tensor:
+        ids: Tensor = inputs["decoder_input_ids" if self.is_encoder_decoder else "input_ids"]
+        return ids
 
     @torch.no_grad()
     def _generate(self, inputs: Mapping[str, Any], max_new_tokens: int, **options: Any) -> Any:
-        prompt_ids = inputs["input_ids"][0]
+        prompt_ids = self._decoder_ids(inputs)[0]
         placeholders = prompt_ids[self.visual_positions(prompt_ids)].unique().tolist()
         return self.model.generate(
             **self._cast(inputs),
@@ -228,20 +250,23 @@ class ModelAdapter:
 
     def encode(self, inputs: Mapping[str, Any], answer_ids: Sequence[int]) -> Encoding:
         """Appends an answer to a prompt's inputs for one teacher-forced pass; an encoder-decoder decodes it."""
-        ids = inputs["input_ids"]
-        if self.is_encoder_decoder:
-            decoded = torch.tensor([[self._decoder_start, *answer_ids]], dtype=ids.dtype, device=ids.device)
-            visual = torch.empty(0, dtype=torch.int64)
-            return Encoding({**inputs, "decoder_input_ids": decoded}, decoded[0].cpu(), 1, visual)
+        ids = self._decoder_ids(inputs)
         length = ids.shape[1]
         answer = torch.tensor([list(answer_ids)], dtype=ids.dtype, device=ids.device)
+        decoded = torch.cat([ids, answer], dim=1)
+        if self.is_encoder_decoder:
+            none = torch.empty(0, dtype=torch.int64)
+            return Encoding({**inputs, "decoder_input_ids": decoded}, decoded[0].cpu(), length, none)
         extended: dict[str, Any] = dict(inputs)
         for key, value in inputs.items():
             # Whatever runs along the sequence (masks, token types) goes on as at the prompt's last, textual position.
             along = isinstance(value, Tensor) and value.shape[:2] == (1, length) and not value.is_floating_point()
             if along and key not in self._picture_keys and key != "input_ids":
-                extended[key] = torch.cat([value, value[:, -1:].expand(1, answer.shape[1], *value.shape[2:])], dim=1)
-        extended["input_ids"] = torch.cat([ids, answer], dim=1)
+                more = value[:, -1:].expand(1, answer.shape[1], *value.shape[2:])
+                if key == "token_type_ids":
+                    more = more.new_full(more.shape, ANSWER_TYPES.get(self.model.config.model_type, int(value[0, -1])))
+                extended[key] = torch.cat([value, more], dim=1)
+        extended["input_ids"] = decoded
         visual = self.visual_positions(ids[0]).cpu()
         return Encoding(extended, extended["input_ids"][0].cpu(), length, visual)
 

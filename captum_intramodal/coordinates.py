@@ -17,6 +17,10 @@ __all__ = ["PixelMap", "PixelMaps", "Prepare", "Size", "measure_pixels"]
 Prepare = Callable[[list[Image.Image]], Mapping[str, Any]]
 Size = tuple[int, int]
 
+# Pixel tensors whose patches say where they are, as Pix2Struct's: (picture, patch, 2 + elements), each of which begins
+# with the patch's row and column, counted from 1 and 0 for padding. They are normalised by each picture's own contrast.
+NUMBERED_PATCHES = ("flattened_patches",)
+
 # Elements that pass on less than this fraction of the picture's contrast count as padding.
 MIN_GAIN = 0.25
 
@@ -165,6 +169,29 @@ def _spacing(coordinates: Tensor, length: float) -> Tensor:
     return nearest[new.cumsum(0) - 1]
 
 
+def _numbered_patches(patches: Tensor, sizes: Sequence[Size]) -> PixelMap:
+    """Pixel map of patches that begin with their row and column; all elements of a patch have its box."""
+    cells = patches[:, :, :2].long()
+    count = cells.amax(dim=1, keepdim=True)  # columns and rows of each picture
+    picture = torch.arange(len(patches))[:, None, None].expand(patches.shape)
+    unit = torch.tensor([[h, w] for w, h in sizes])[:, None] / count
+    lower, upper = (cells - 1) * unit, cells * unit
+    gain = (cells[..., :1] > 0).float().expand(patches.shape).clone()
+    gain[:, :, :2] = 0
+
+    def spread(ends: Tensor) -> Tensor:
+        return ends.flip(-1).permute(2, 0, 1)[..., None].expand(2, *patches.shape).reshape(2, -1)
+
+    return PixelMap(
+        shape=patches.shape,
+        lower=spread(lower),
+        upper=spread(upper),
+        gain=gain.flatten(),
+        image_index=picture.flatten(),
+        image_sizes=tuple(sizes),
+    )
+
+
 def measure_pixels(prepare: Prepare, sizes: Sequence[Size]) -> dict[str, PixelMap]:
     r"""
     Measures what every element of every float tensor that the processor makes of pictures samples, by running the
@@ -207,6 +234,7 @@ def measure_pixels(prepare: Prepare, sizes: Sequence[Size]) -> dict[str, PixelMa
         return {k: v.float().cpu() for k, v in inputs.items() if isinstance(v, Tensor) and v.is_floating_point()}
 
     black, white = constant([0.0] * len(sizes)), constant([255.0] * len(sizes))
+    numbered = {key: _numbered_patches(black.pop(key), sizes) for key in NUMBERED_PATCHES if key in black}
     gains: dict[str, Tensor] = {}
     for key, low in black.items():
         high = white.get(key)
@@ -221,6 +249,8 @@ def measure_pixels(prepare: Prepare, sizes: Sequence[Size]) -> dict[str, PixelMa
         gain = gain.masked_fill(gain.abs() < MIN_GAIN * gain.abs().max(), 0.0)
         if bool((gain != 0).any()):
             gains[key] = gain
+    if numbered and not gains:
+        return numbered
     if not gains:
         shapes = {key: tuple(value.shape) for key, value in black.items()}
         raise ValueError(
@@ -269,7 +299,7 @@ def measure_pixels(prepare: Prepare, sizes: Sequence[Size]) -> dict[str, PixelMa
             upper = torch.where(upper > length - slack, length, upper)
             extents[key].append((lower, upper))
 
-    return {
+    return numbered | {
         key: PixelMap(
             shape=black[key].shape,
             lower=torch.stack([low for low, _ in extents[key]]),

@@ -34,8 +34,12 @@ def decoder_layers(model: Any) -> nn.ModuleList:
 
 def input_device(model: Any) -> torch.device:
     """Where a model wants its inputs: at its embeddings; where those are offloaded, on the device they come back to."""
-    embeddings = model.get_input_embeddings()
-    device: torch.device = embeddings.weight.device
+    try:
+        embeddings = model.get_input_embeddings()
+    except NotImplementedError:
+        device: torch.device = model.device
+        return device
+    device = embeddings.weight.device
     if device.type == "meta":
         return torch.device(getattr(getattr(embeddings, "_hf_hook", None), "execution_device", None) or "cpu")
     return device

@@ -77,6 +77,18 @@ def test_fold_keeps_the_sum_and_the_place(model_type: str) -> None:
     assert (pixels.fold(marked.float(), (17, 25)) > 0).nonzero().tolist() == [[8, 12]]
 
 
+def test_patches_that_say_where_they_are() -> None:
+    # A picture of 2 rows x 3 columns of patches with 4 elements each, and one patch of padding.
+    places = [[r, c] for r in (1, 2) for c in (1, 2, 3)] + [[0, 0]]
+    patches = torch.cat([torch.tensor(places).float(), torch.zeros(7, 4)], dim=1)[None]
+    pixels = measure_pixels(lambda images: {"flattened_patches": patches}, [(60, 30)])["flattened_patches"]
+    boxes = torch.cat([pixels.lower, pixels.upper]).T.reshape(7, 6, 4)
+    assert boxes[4, 2].tolist() == [20, 15, 40, 30]
+    assert boxes[2, 5].tolist() == [40, 0, 60, 15]
+    assert (pixels.gain.reshape(7, 6) != 0).sum(1).tolist() == [4] * 6 + [0]
+    assert pixels.fold(torch.ones(1, 7, 6), (2, 3)).tolist() == [[4, 4, 4], [4, 4, 4]]
+
+
 def test_errors() -> None:
     pixels = PixelMap(
         torch.Size([1, 4]),
