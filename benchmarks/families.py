@@ -14,6 +14,8 @@ import multiprocessing
 import sys
 import time
 from collections import Counter
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -29,7 +31,7 @@ from captum_intramodal import ModelAdapter, explain
 from captum_intramodal.geometry import geometry_oracle
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
-from tests.families import LEFT_OUT, answer_logits, build, prepare  # noqa: E402
+from tests.families import LEFT_OUT, answer_logits, build, prepare
 
 SIZE = (640, 400)
 QUESTION, ANSWER = "describe the picture", "a red cat"
@@ -44,8 +46,8 @@ def natural_picture(size: tuple[int, int] = SIZE, seed: int = 0) -> Image.Image:
     picture = coarse.resize(size, Image.Resampling.BICUBIC)
     draw = ImageDraw.Draw(picture)
     for index in range(8):
-        x, y = rng.integers(0, width), rng.integers(0, height)
-        w, h = rng.integers(30, width // 4), rng.integers(30, height // 4)
+        x, y = int(rng.integers(0, width)), int(rng.integers(0, height))
+        w, h = int(rng.integers(30, width // 4)), int(rng.integers(30, height // 4))
         shape = draw.ellipse if index % 2 else draw.rectangle
         shape((x, y, x + w, y + h), fill=tuple(rng.integers(0, 256, 3).tolist()))
     return picture
@@ -61,20 +63,22 @@ def agreement(model: Any, inputs: dict[str, Any]) -> tuple[list[int], float]:
     ids = output.sequences[0, -len(stepwise) :].tolist()
     forced = answer_logits(model, inputs, ids).float()
     width = min(forced.shape[1], stepwise.shape[1])
-    gap = (forced[:, :width] - stepwise[:, :width]).abs()
-    return ids, float(gap[gap.isfinite()].max())
+    forced, stepwise = forced[:, :width], stepwise[:, :width]
+    return ids, float((forced - stepwise)[stepwise > -1e30].abs().max())
 
 
-def survey(model_type: str) -> dict[str, Any]:
-    """What works for a type; ``error`` of the first failure of each stage."""
+def survey(model_type: str, report: Callable[[dict[str, Any]], None]) -> None:
+    """Reports what works for a type, after every stage: a row with the stages passed and the errors of the others."""
     row: dict[str, Any] = {"type": model_type, "passed": [], "errors": {}}
     if model_type in LEFT_OUT:
-        return row | {"errors": {"build": LEFT_OUT[model_type]}}
+        report(row | {"errors": {"build": f"left out: {LEFT_OUT[model_type]}"}})
+        return
     found: dict[str, Any] = {}
 
     def stage(name: str, needs: tuple[str, ...], run: Any) -> None:
         if any(need not in row["passed"] for need in needs):
             return
+        report(row | {"errors": {**row["errors"], name: "the process did not come back"}})
         start = time.perf_counter()
         try:
             if message := run():
@@ -103,7 +107,9 @@ def survey(model_type: str) -> dict[str, Any]:
         ids = [i for i in (tokenizer.convert_tokens_to_ids(w) for w in ANSWER.split()) if i is not None]
         blank = prepare(found["model"], found["processor"], [natural_picture(seed=1)], QUESTION)
         logits, other = (answer_logits(found["model"], inputs, ids) for inputs in (found["inputs"], blank))
-        row["picture_matters"] = round(float((logits - other).abs().max() / logits.std()), 4)
+        # Some models forbid a part of the vocabulary.
+        allowed = logits.isfinite() & (logits > -1e30)
+        row["picture_matters"] = round(float((logits - other)[allowed].abs().max() / logits[allowed].std()), 4)
         return None if row["picture_matters"] > 1e-3 else "the picture does not change the logits"
 
     def generate() -> str | None:
@@ -155,7 +161,7 @@ def survey(model_type: str) -> dict[str, Any]:
         stage("geometry", (), geometry)
         stage("oracle", ("geometry",), oracle)
     stage("explain", ("build",), explain_it)
-    return row
+    report(row | {"finished": True})
 
 
 def run_apart(model_type: str, timeout: float) -> dict[str, Any]:
@@ -164,18 +170,15 @@ def run_apart(model_type: str, timeout: float) -> dict[str, Any]:
     # Forked, as importing everything takes longer than most surveys.
     context = multiprocessing.get_context("fork")
     receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=lambda: sender.send(survey(model_type)))
+    process = context.Process(target=survey, args=(model_type, sender.send))
     process.start()
     sender.close()
-    try:
-        row = receiver.recv() if receiver.poll(timeout) else None
-        message = f"no result after {timeout:g} s"
-    except EOFError:
-        process.join()
-        row, message = None, f"the process ended with {process.exitcode}"
+    row: dict[str, Any] = {"type": model_type, "passed": [], "errors": {"build": "the process did not come back"}}
+    with suppress(EOFError):
+        while not row.pop("finished", False) and receiver.poll(timeout + start - time.perf_counter()):
+            row = receiver.recv()
     process.kill()
     process.join()
-    row = row or {"type": model_type, "passed": [], "errors": {"process": message}}
     return row | {"seconds": round(time.perf_counter() - start, 1)}
 
 
@@ -191,16 +194,14 @@ def markdown(rows: list[dict[str, Any]]) -> str:
         cells = [row["type"], *marks, row.get("visual_tokens", ""), kinds, *rates, row.get("seconds", "")]
         lines.append(f"| {' | '.join(map(str, cells))} |")
     totals = ", ".join(f"{stage} {sum(stage in row['passed'] for row in rows)}" for stage in STAGES)
-    errors = [
-        f"- {row['type']}, {stage}: {message}" for row in rows for stage, message in row["errors"].items()
-    ]
+    errors = [f"- {row['type']}, {stage}: {message}" for row in rows for stage, message in row["errors"].items()]
     return "\n".join([*lines, "", f"Of {len(rows)} types: {totals}.", "", *errors])
 
 
 def main(
     types: Annotated[list[str] | None, typer.Argument(help="Model types; all by default.")] = None,
     out: Annotated[Path | None, typer.Option(help="JSON file for the rows, one per type.")] = None,
-    timeout: Annotated[float, typer.Option(help="Seconds for one type.")] = 180,
+    timeout: Annotated[float, typer.Option(help="Seconds for one type.")] = 90,
 ) -> None:
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()

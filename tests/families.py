@@ -72,6 +72,8 @@ class Family:
         image_token: whose id the configuration calls the image token; None for the processor's.
         tokens_per_image: as the processor counts them; None for what the patch grid gives.
         video: options of the image processor that the video processor shares, besides the sizes of patches.
+        answer_type: the token type of the answer, where it is not that of the prompt's end.
+        starts_decoder: whether a token of its own comes before what the decoder is given.
         tokenizer_class, processor_class, image_class, video_class: where the auto classes have none.
     """
 
@@ -89,6 +91,8 @@ class Family:
     image_token: str | None = None
     tokens_per_image: int | None = None
     video: tuple[str, ...] = ()
+    answer_type: int | None = None
+    starts_decoder: bool = True
     tokenizer_class: str | None = None
     processor_class: str | None = None
     image_class: str | None = None
@@ -189,10 +193,10 @@ TABLE: dict[str, Family] = {
         image=dict(min_size=8),
     ),
     "aya_vision": Family(config={"vision_config.patch_size": 16, "vision_config.image_size": 128}),
-    "blip": Family(placeholder=""),
+    "blip": Family(config={"text_config.sep_token_id": 2}, placeholder=""),
     "blip-2": Family(placeholder=""),
     "instructblip": Family(placeholder=""),
-    "instructblipvideo": Family(placeholder="", video=("size", "num_frames")),
+    "instructblipvideo": Family(placeholder="", video=("size",), ids={"video_token_index": "<video>"}),
     "git": Family(placeholder=""),
     "cohere2_vision": Family(image=dict(patch_size=4)),
     "cohere_compass": Family(
@@ -207,17 +211,18 @@ TABLE: dict[str, Family] = {
     ),
     "cosmos3_omni": Family(processor_class="Qwen3VLProcessor"),
     "deepseek_ocr2": Family(
+        # The size of the picture is fixed by that of the queries, which makes its attention slow.
         config=_SAM
         | {
+            "vision_config.sam_config.global_attn_indexes": [],
+            "vision_config.sam_config.hidden_size": 32,
             "text_config.mlp_layer_types": ["dense", "sparse"],
             "text_config.num_experts_per_tok": 2,
             "text_config.n_group": 1,
             "text_config.topk_group": 1,
         }
     ),
-    "unlimited_ocr": Family(
-        config=_SAM, image=dict(size=_square(256), tile_size=160, maximum_pad_value=160)
-    ),
+    "unlimited_ocr": Family(config=_SAM, image=dict(size=_square(256), tile_size=160, maximum_pad_value=160)),
     "deepseek_vl_hybrid": Family(image=dict(high_res_size=_square(256))),
     "diffusion_gemma": Family(
         parts={"vision_config": transformers.Gemma4VisionConfig},
@@ -318,8 +323,11 @@ TABLE: dict[str, Family] = {
         ),
         placeholder="<image_start><image><image_end>",
     ),
-    # With fewer layers than steps of scale it would need scipy.
-    "inkling_mm_model": Family(config={"vision_config.n_layers": 6}),
+    # Channels grow with the patch; and with fewer layers than steps of scale it would need scipy.
+    "inkling_mm_model": Family(
+        config={"vision_config.n_layers": 6, "vision_config.patch_size": 8},
+        image=dict(size=_square(8), rescale_image_frac=0.15),
+    ),
     "kimi_k25": Family(config={"text_config.head_dim": 8}, image=dict(max_patches=160)),
     "kosmos-2": Family(processor_class="Kosmos2Processor"),
     "kosmos-2.5": Family(
@@ -372,13 +380,12 @@ TABLE: dict[str, Family] = {
         config={"out_hidden_size": 4 * WIDTH, "vision_config.out_hidden_size": 4 * WIDTH},
         image=dict(max_image_tokens=64),
     ),
-    "nemotron_h_omni": Family(
-        config={"text_config.n_groups": 2}, image=dict(min_num_patches=16, max_num_patches=128)
-    ),
+    "nemotron_h_omni": Family(config={"text_config.n_groups": 2}, image=dict(min_num_patches=16, max_num_patches=128)),
     "ovis2": Family(
         tokens=("<IMG_START>", "<IMG_ATOM>", "<IMG_GRID>", "<IMG_COL>", "<IMG_ROW>", "<IMG_END>"),
         image_token="<IMG_ATOM>",
     ),
+    "paligemma": Family(answer_type=1),
     "perception_lm": Family(
         config={
             "vision_config": dict(
@@ -399,12 +406,8 @@ TABLE: dict[str, Family] = {
     ),
     "pix2struct": Family(placeholder="", attributes={"images_kwargs": {"max_patches": 64}}),
     "qianfan_ocr": Family(tokens=("<IMG_CONTEXT>",), placeholder="<image>"),
-    "qwen2_5_omni_thinker": Family(
-        processor_class="Qwen2_5OmniProcessor", **_OMNI
-    ),
-    "qwen3_omni_moe_thinker": Family(
-        processor_class="Qwen3OmniMoeProcessor", **_OMNI
-    ),
+    "qwen2_5_omni_thinker": Family(processor_class="Qwen2_5OmniProcessor", **_OMNI),
+    "qwen3_omni_moe_thinker": Family(processor_class="Qwen3OmniMoeProcessor", **_OMNI),
     "qwen3_vl_moe": Family(image_class="Qwen2VLImageProcessor"),
     "qwen4_exp": Family(
         config={
@@ -436,6 +439,7 @@ TABLE: dict[str, Family] = {
         },
         image=dict(size=dict(height=64, width=96)),
         placeholder="",
+        starts_decoder=False,
         processor_class="DonutProcessor",
         image_class="DonutImageProcessor",
     ),
@@ -489,7 +493,9 @@ IGNORED = ("id2label", "label2id", "transformers_version", "dtype", "architectur
 
 
 def _is_config(name: str, value: Any) -> bool:
-    return isinstance(value, dict) and name != "per_layer_config" and (name.endswith("_config") or "model_type" in value)
+    return (
+        isinstance(value, dict) and name != "per_layer_config" and (name.endswith("_config") or "model_type" in value)
+    )
 
 
 def _some_of_each(kinds: Sequence[Any], count: int) -> list[Any]:
@@ -659,7 +665,7 @@ def _tokenizer(processor_class: type, row: Family) -> PreTrainedTokenizerFast:
         words = tokenizer.backend_tokenizer
         words.normalizer = normalizers.Prepend(f"{row.pieces[0]} ")
         words.pre_tokenizer = pre_tokenizers.Split(Regex(rf"{known}|\w+|[^\w\s]"), "removed", invert=True)
-        words.decoder = decoders.Sequence([decoders.WordPiece("", False), decoders.Replace(row.pieces[0], "")])
+        words.decoder = decoders.Sequence([decoders.WordPiece("##", False), decoders.Replace(row.pieces[0], "")])
     return tokenizer
 
 
@@ -686,7 +692,7 @@ def _image_options(config: Any, default: Any) -> dict[str, Any]:
     """Sizes for an image processor, from what the model expects and what the processor's defaults look like."""
     vision = _vision_part(config)
     side, patch = _one(getattr(vision, "image_size", None)), _one(getattr(vision, "patch_size", None))
-    size = getattr(default, "size", None) or {}
+    size: Any = getattr(default, "size", None)
     given = {name for name in ("height", "shortest_edge", "longest_edge") if getattr(size, name, None)}
     options: dict[str, Any] = {}
     if hasattr(default, "merge_size"):
@@ -768,7 +774,7 @@ def _video_processor(model_type: str, row: Family, config: Any) -> Any:
     cls = _auto_class(VIDEO_PROCESSOR_MAPPING_NAMES, model_type, row.video_class) or transformers.Qwen2VLVideoProcessor
     default = cls()
     options = _image_options(config, default)
-    return cls(**{name: options[name] for name in ("patch_size", "merge_size") + row.video if name in options})
+    return cls(**{name: options[name] for name in ("patch_size", "merge_size", *row.video) if name in options})
 
 
 def _write_ids(config: Any, processor: Any, row: Family) -> None:
@@ -821,6 +827,10 @@ def build(model_type: str, seed: int = 0) -> tuple[PreTrainedModel, Any]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = getattr(transformers, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES[model_type])(config)
+        for parameter in model.requires_grad_(False).parameters():
+            # Gates and projections that begin closed would hide the picture.
+            if parameter.ndim > 1 and parameter.numel() > 1 and parameter.std() == 0:
+                parameter.add_(0.1 * torch.randn_like(parameter))
         model = tiny.finished(model, processor.tokenizer)
     known = {*tiny.WORDS, *(f"▁{word}" for word in tiny.WORDS), "</s>"}
     strange = [[i] for word, i in processor.tokenizer.get_vocab().items() if word not in known and i < VOCABULARY]
@@ -840,6 +850,9 @@ def prepare(model: Any, processor: Any, images: Sequence[Image.Image], question:
     options: dict[str, Any] = dict(return_tensors="pt", add_special_tokens=False)
     if "mm_token_type_ids" in inspect.signature(model.forward).parameters:
         options["return_mm_token_type_ids"] = True
+    if getattr(processor, "image_processor", None) is None:
+        # A model of videos sees a picture as four frames that are all the same.
+        images = [image for image in images for _ in range(4)]
     batch = processor(images=list(images), text=[text], **options)
     return {k: v.float() if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in batch.items()}
 
@@ -847,19 +860,28 @@ def prepare(model: Any, processor: Any, images: Sequence[Image.Image], question:
 def answer_logits(model: Any, inputs: Mapping[str, Any], answer: Sequence[int]) -> Tensor:
     """Logits that predict each token of an answer, given the prompt and the answer so far; (tokens, vocabulary)."""
     forced = torch.tensor([list(answer)])
-    name = "decoder_input_ids" if model.config.is_encoder_decoder else "input_ids"
+    is_decoder_apart = model.config.is_encoder_decoder
     if "input_ids" not in inspect.signature(model.forward).parameters and "input_ids" in inputs:
         # A prompt that the encoder does not read begins what the decoder writes.
         inputs = {"decoder_input_ids": inputs["input_ids"], "pixel_values": inputs["pixel_values"]}
     extended = dict(inputs)
-    if name not in inputs:
+    name = "decoder_input_ids" if is_decoder_apart else "input_ids"
+    row = TABLE.get(model.config.model_type, Family())
+    if is_decoder_apart and row.starts_decoder:
         extended[name] = torch.tensor([[model.generation_config.decoder_start_token_id]])
+        for key in ("decoder_input_ids", "decoder_attention_mask"):
+            if key in inputs:
+                first = extended[name] if key == name else torch.ones_like(inputs[key][:, :1])
+                extended[key] = torch.cat([first, inputs[key]], dim=1)
     prompt = extended[name]
     extended[name] = torch.cat([prompt, forced], dim=1)
-    for key, value in inputs.items():
+    for key, value in list(extended.items()):
         # Masks and token types go on as at the prompt's last, textual position.
-        belongs = key.startswith("decoder_") == name.startswith("decoder_")
+        belongs = key.startswith("decoder_") == is_decoder_apart
         if belongs and key != name and isinstance(value, Tensor) and value.shape[:2] == prompt.shape:
-            extended[key] = torch.cat([value, value[:, -1:].expand(1, len(answer), *value.shape[2:])], dim=1)
+            more = value[:, -1:].expand(1, len(answer), *value.shape[2:])
+            if key == "token_type_ids" and row.answer_type is not None:
+                more = torch.full_like(more, row.answer_type)
+            extended[key] = torch.cat([value, more], dim=1)
     with torch.no_grad():
         return model(**extended, use_cache=False).logits[0, -len(answer) - 1 : -1]

@@ -37,7 +37,9 @@ def _image_processor(family: str, **options: Any) -> Any:
     return cls(**options)
 
 
-def tokenizer_of(*tokens: str, more: Sequence[str] = (), size: int | None = None, **named: str) -> PreTrainedTokenizerFast:
+def tokenizer_of(
+    *tokens: str, more: Sequence[str] = (), size: int | None = None, **named: str
+) -> PreTrainedTokenizerFast:
     """Knows the :data:`WORDS` these special tokens, and ``more`` ordinary ones, up to ``size`` in all."""
     special = ["<pad>", "<s>", "</s>", "<unk>", *tokens, *named.values()]
     vocabulary = {word: index for index, word in enumerate([*dict.fromkeys([*special, *WORDS, *more])][:size])}
@@ -227,12 +229,7 @@ def finished(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> PreT
         # A real checkpoint has neither constant gains and gates nor weights so small that the picture drowns.
         if parameter.ndim < 2 or parameter.numel() == 1:
             parameter.add_(0.1 * torch.randn_like(parameter))
-            continue
-        if parameter.std() == 0:
-            parameter.add_(0.1 * torch.randn_like(parameter))
-            if parameter.mean().abs() > 0.5:
-                continue
-        if "embed" not in name or "patch" in name:
+        elif "embed" not in name or "patch" in name:
             inputs = parameter.shape[-1] if "expert" in name else parameter[0].numel()
             parameter.mul_(inputs**-0.5 / parameter.std())
     set_generation(model, tokenizer)
