@@ -857,6 +857,17 @@ def prepare(model: Any, processor: Any, images: Sequence[Image.Image], question:
     return {k: v.float() if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in batch.items()}
 
 
+ALONG_THE_SEQUENCE = (
+    "attention_mask",
+    "decoder_attention_mask",
+    "token_type_ids",
+    "mm_token_type_ids",
+    "image_attention_mask",
+    "image_embeds_position_mask",
+    "cross_attention_mask",
+)
+
+
 def answer_logits(model: Any, inputs: Mapping[str, Any], answer: Sequence[int]) -> Tensor:
     """Logits that predict each token of an answer, given the prompt and the answer so far; (tokens, vocabulary)."""
     forced = torch.tensor([list(answer)])
@@ -876,9 +887,10 @@ def answer_logits(model: Any, inputs: Mapping[str, Any], answer: Sequence[int]) 
     prompt = extended[name]
     extended[name] = torch.cat([prompt, forced], dim=1)
     for key, value in list(extended.items()):
-        # Masks and token types go on as at the prompt's last, textual position.
-        belongs = key.startswith("decoder_") == is_decoder_apart
-        if belongs and key != name and isinstance(value, Tensor) and value.shape[:2] == prompt.shape:
+        # Masks and token types go on as at the prompt's last, textual position. By name: the shapes of others, such as
+        # the coordinates of patches, may be the same by chance.
+        belongs = key in ALONG_THE_SEQUENCE and key.startswith("decoder_") == is_decoder_apart
+        if belongs and value.shape[:2] == prompt.shape:
             more = value[:, -1:].expand(1, len(answer), *value.shape[2:])
             if key == "token_type_ids" and row.answer_type is not None:
                 more = torch.full_like(more, row.answer_type)
