@@ -28,7 +28,7 @@ from transformers.models.layoutlmv3 import image_processing_layoutlmv3 as layout
 
 try:
     from tests import tiny
-except ImportError:
+except ImportError:  # pytest puts the tests' own folder on the path
     import tiny  # type: ignore[no-redef]
 
 # UDOP's processor reads the words of the picture with a program that need not be here.
@@ -62,7 +62,7 @@ class Family:
         config: entries of the configuration by dotted path, such as ``vision_config.depth``; a dict replaces what is
             there, and None removes it.
         image, processor: options of the image processor and of the processor.
-        attributes: attributes set on the finished processor, by dotted path.
+        attributes: attributes set on the finished processor.
         tokens: further special tokens.
         named: special tokens that the tokenizer has as an attribute.
         ids: entries of the configuration and the tokens whose ids they are.
@@ -134,9 +134,6 @@ _GEMMA3N_TOWER = transformers.ResNetConfig(
     vocab_size=8,
     rms_norm_eps=1e-6,
 )
-_QWEN_PLACEHOLDER = "<|vision_start|><|image_pad|><|vision_end|>"
-_QWEN_TOKENS = ("<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>")
-_QWEN_NAMES = dict(image_token="<|image_pad|>", video_token="<|video_pad|>")
 _PINPOINTS = [[128, 256], [256, 128], [256, 256], [384, 128], [128, 384]]
 _MINICPM: dict[str, Any] = dict(
     config={"insert_layer_id": 0, "vision_config.insert_layer_id": 0},
@@ -875,7 +872,7 @@ def answer_logits(model: Any, inputs: Mapping[str, Any], answer: Sequence[int]) 
     if "input_ids" not in inspect.signature(model.forward).parameters and "input_ids" in inputs:
         # A prompt that the encoder does not read begins what the decoder writes.
         inputs = {"decoder_input_ids": inputs["input_ids"], "pixel_values": inputs["pixel_values"]}
-    extended = dict(inputs)
+    extended = {key: value for key, value in inputs.items() if key != "labels"}
     name = "decoder_input_ids" if is_decoder_apart else "input_ids"
     row = TABLE.get(model.config.model_type, Family())
     if is_decoder_apart and row.starts_decoder:
