@@ -135,6 +135,8 @@ _GEMMA3N_TOWER = transformers.ResNetConfig(
     rms_norm_eps=1e-6,
 )
 _PINPOINTS = [[128, 256], [256, 128], [256, 256], [384, 128], [128, 384]]
+# Their processors count a picture as two frames.
+_GLM: dict[str, Any] = dict(image=dict(size=dict(shortest_edge=8 * 28**2, longest_edge=80 * 28**2)))
 _MINICPM: dict[str, Any] = dict(
     config={"insert_layer_id": 0, "vision_config.insert_layer_id": 0},
     image=dict(scale_resolution=112, max_slice_nums=4),
@@ -234,7 +236,11 @@ TABLE: dict[str, Family] = {
         **_GEMMA4,
     ),
     "gemma4": Family(parts={"vision_config": transformers.Gemma4VisionConfig}, **_GEMMA4),
-    "gemma4_unified": Family(parts={"vision_config": transformers.Gemma4UnifiedVisionConfig}, **_GEMMA4),
+    "gemma4_unified": Family(
+        parts={"vision_config": transformers.Gemma4UnifiedVisionConfig},
+        config={"vision_config.mm_embed_dim": WIDTH, "vision_config.output_proj_dims": WIDTH},
+        **_GEMMA4,
+    ),
     "dots3_note": Family(
         config={
             "text_config.qk_nope_head_dim": 8,
@@ -287,11 +293,16 @@ TABLE: dict[str, Family] = {
     "t5gemma2": Family(tokens_per_image=16),
     "shieldgemma2": Family(tokens_per_image=16, processor_class="Gemma3Processor"),
     "glm5_next": Family(image=dict(max_image_tokens=64)),
+    "glm46v": Family(**_GLM),
+    "glm4v": Family(**_GLM),
     "glm_ocr": Family(
-        processor_class="Glm46VProcessor", image_class="Glm46VImageProcessor", video_class="Glm46VVideoProcessor"
+        **_GLM,
+        processor_class="Glm46VProcessor",
+        image_class="Glm46VImageProcessor",
+        video_class="Glm46VVideoProcessor",
     ),
-    "glmga": Family(processor_class="Glm46VProcessor", video_class="Glm46VVideoProcessor"),
-    "glm4v_moe": Family(image_class="Glm4vImageProcessor", video_class="Glm4vVideoProcessor"),
+    "glmga": Family(**_GLM, processor_class="Glm46VProcessor", video_class="Glm46VVideoProcessor"),
+    "glm4v_moe": Family(**_GLM, image_class="Glm4vImageProcessor", video_class="Glm4vVideoProcessor"),
     "got_ocr2": Family(image=dict(size=_square(256)), tokens_per_image=16),
     "pp_chart2table": Family(
         image=dict(size=_square(256)),
@@ -859,6 +870,7 @@ ALONG_THE_SEQUENCE = (
     "decoder_attention_mask",
     "token_type_ids",
     "mm_token_type_ids",
+    "moe_mm_token_type_ids",
     "image_attention_mask",
     "image_embeds_position_mask",
     "cross_attention_mask",
