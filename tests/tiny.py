@@ -6,6 +6,7 @@ generation config, so that prompts, ``generate`` and teacher forcing work as wit
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from transformers.models.smolvlm import processing_smolvlm
 
-__all__ = ["MODEL_TYPES", "tiny"]
+__all__ = ["MODEL_TYPES", "WORDS", "chat_template", "finished", "tiny", "tokenizer_of"]
 
 MODEL_TYPES = ("qwen2_vl", "qwen2_5_vl", "llava", "smolvlm", "idefics3", "internvl")
 
@@ -36,9 +37,12 @@ def _image_processor(family: str, **options: Any) -> Any:
     return cls(**options)
 
 
-def _tokenizer(image_token: str, *others: str, **named: str) -> PreTrainedTokenizerFast:
-    special = ["<pad>", "<s>", "</s>", "<unk>", image_token, *others, *named.values()]
-    vocabulary = {word: index for index, word in enumerate(dict.fromkeys([*special, *WORDS]))}
+def tokenizer_of(
+    *tokens: str, more: Sequence[str] = (), size: int | None = None, **named: str
+) -> PreTrainedTokenizerFast:
+    """Knows the :data:`WORDS` these special tokens, and ``more`` ordinary ones, up to ``size`` in all."""
+    special = ["<pad>", "<s>", "</s>", "<unk>", *tokens, *named.values()]
+    vocabulary = {word: index for index, word in enumerate([*dict.fromkeys([*special, *WORDS, *more])][:size])}
     words = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     return PreTrainedTokenizerFast(
@@ -52,7 +56,7 @@ def _tokenizer(image_token: str, *others: str, **named: str) -> PreTrainedTokeni
     )
 
 
-def _chat_template(image: str) -> str:
+def chat_template(image: str) -> str:
     return (
         "<s>{% for message in messages %}{{ message['role'] }} : "
         "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
@@ -93,7 +97,7 @@ def _siglip_like(image_size: int = 112, patch_size: int = 14, **more: Any) -> di
 
 
 def _qwen(model_type: str) -> tuple[Any, Any]:
-    tokenizer = _tokenizer("<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>")
+    tokenizer = tokenizer_of("<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>")
     ids = {
         f"{name}_id": tokenizer.convert_tokens_to_ids(f"<|{text}|>")
         for name, text in (
@@ -134,13 +138,13 @@ def _qwen(model_type: str) -> tuple[Any, Any]:
         ),
         tokenizer=tokenizer,
         video_processor=transformers.Qwen2VLVideoProcessor(patch_size=14, merge_size=2),
-        chat_template=_chat_template("<|vision_start|><|image_pad|><|vision_end|>"),
+        chat_template=chat_template("<|vision_start|><|image_pad|><|vision_end|>"),
     )
     return model_class(config), processor
 
 
 def _llava() -> tuple[Any, Any]:
-    tokenizer = _tokenizer("<image>")
+    tokenizer = tokenizer_of("<image>")
     config = transformers.LlavaConfig(
         text_config=_text_config("llama", tokenizer),
         vision_config=_siglip_like(model_type="clip_vision_model", projection_dim=48),
@@ -154,14 +158,14 @@ def _llava() -> tuple[Any, Any]:
         patch_size=14,
         vision_feature_select_strategy="default",
         num_additional_image_tokens=1,
-        chat_template=_chat_template("<image>"),
+        chat_template=chat_template("<image>"),
     )
     return transformers.LlavaForConditionalGeneration(config), processor
 
 
 def _idefics(model_type: str) -> tuple[Any, Any]:
     cells = [f"<row_{row}_col_{column}>" for row in range(1, 7) for column in range(1, 7)]
-    tokenizer = _tokenizer(
+    tokenizer = tokenizer_of(
         "<image>", "<fake_token_around_image>", "<global-img>", "<end_of_utterance>", "<video>", *cells
     )
     shared: dict[str, Any] = dict(
@@ -172,7 +176,7 @@ def _idefics(model_type: str) -> tuple[Any, Any]:
     )
     sizes: dict[str, Any] = dict(size={"longest_edge": 168}, max_image_size={"longest_edge": 56})
     vision = _siglip_like(image_size=56, patch_size=7)
-    template = _chat_template("<image>")
+    template = chat_template("<image>")
     if model_type == "idefics3":
         config = transformers.Idefics3Config(vision_config=vision, tie_word_embeddings=False, **shared)
         processor = transformers.Idefics3Processor(
@@ -191,7 +195,7 @@ def _idefics(model_type: str) -> tuple[Any, Any]:
 
 
 def _internvl() -> tuple[Any, Any]:
-    tokenizer = _tokenizer(
+    tokenizer = tokenizer_of(
         "<IMG_CONTEXT>",
         start_image_token="<img>",
         end_image_token="</img>",
@@ -213,9 +217,38 @@ def _internvl() -> tuple[Any, Any]:
         tokenizer=tokenizer,
         video_processor=transformers.InternVLVideoProcessor(size={"height": 112, "width": 112}),
         image_seq_length=16,
-        chat_template=_chat_template("<IMG_CONTEXT>"),
+        chat_template=chat_template("<IMG_CONTEXT>"),
     )
     return transformers.InternVLForConditionalGeneration(config), processor
+
+
+def finished(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
+    """The model in float32, frozen, with weights that let the picture through and settings to generate words."""
+    model = model.float().eval().requires_grad_(False)
+    for name, parameter in model.named_parameters():
+        # A real checkpoint has neither constant gains and gates nor weights so small that the picture drowns.
+        if parameter.ndim < 2 or parameter.numel() == 1:
+            parameter.add_(0.1 * torch.randn_like(parameter))
+        elif "embed" not in name or "patch" in name:
+            inputs = parameter.shape[-1] if "expert" in name else parameter[0].numel()
+            parameter.mul_(inputs**-0.5 / parameter.std())
+    set_generation(model, tokenizer)
+    return model
+
+
+def set_generation(model: Any, tokenizer: PreTrainedTokenizerFast) -> None:
+    """At least three tokens, all of them words: random weights would answer with placeholders, or not at all."""
+    start = getattr(model.config, "decoder_start_token_id", None)
+    settings = dict(
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        decoder_start_token_id=start if start is not None else tokenizer.bos_token_id,
+        suppress_tokens=[i for word, i in tokenizer.get_vocab().items() if word not in (*WORDS, "</s>")],
+        min_new_tokens=3,
+    )
+    for name, value in settings.items():
+        setattr(model.generation_config, name, value)
 
 
 def tiny(model_type: str, seed: int = 0) -> tuple[PreTrainedModel, Any]:
@@ -235,20 +268,4 @@ def tiny(model_type: str, seed: int = 0) -> tuple[PreTrainedModel, Any]:
             model, processor = _idefics(model_type)
         else:
             model, processor = {"llava": _llava, "internvl": _internvl}[model_type]()
-        model = model.float().eval().requires_grad_(False)
-        for name, parameter in model.named_parameters():
-            # A real checkpoint has neither constant gains nor weights so small that the picture drowns.
-            if parameter.ndim < 2:
-                parameter.add_(0.1 * torch.randn_like(parameter))
-            elif "embed" not in name or "patch" in name:
-                parameter.mul_(parameter[0].numel() ** -0.5 / parameter.std())
-    tokenizer = processor.tokenizer
-    model.generation_config.update(
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        # Random weights would answer with image placeholders, or not at all.
-        suppress_tokens=[i for word, i in tokenizer.get_vocab().items() if word not in (*WORDS, "</s>")],
-        min_new_tokens=3,
-    )
-    return model, processor
+        return finished(model, processor.tokenizer), processor
