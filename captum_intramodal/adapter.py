@@ -126,12 +126,12 @@ class ModelAdapter:
             extra["return_mm_token_type_ids"] = True
         batch = self.processor(images=list(images), text=[text], return_tensors="pt", **extra)
         inputs = {key: value.to(self.device) if isinstance(value, Tensor) else value for key, value in batch.items()}
+        inputs.pop("labels", None)
         return self._begin_decoding(inputs) if self.is_encoder_decoder else inputs
 
     def _begin_decoding(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """What an encoder-decoder's decoder reads first: its start token, and the prompt if the encoder does not."""
-        for key in ("labels", "decoder_attention_mask"):
-            inputs.pop(key, None)
+        inputs.pop("decoder_attention_mask", None)
         reads = signature(self.model.forward).parameters
         prompt = inputs.pop("decoder_input_ids", None)
         if "input_ids" not in reads and "input_ids" in inputs:

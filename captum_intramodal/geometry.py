@@ -572,8 +572,9 @@ def _model_inputs(model: PreTrainedModel, inputs: Mapping[str, Any]) -> dict[str
             f"{found} among {sorted(inputs)}."
         )
     device = input_device(model)
+    # Contiguous, as what is changed will be: another memory layout is rounded differently everywhere.
     return {
-        key: value.to(device, model.dtype if value.is_floating_point() else value.dtype)
+        key: value.to(device, model.dtype if value.is_floating_point() else value.dtype).contiguous()
         if isinstance(value, Tensor)
         else value
         for key, value in inputs.items()
