@@ -20,6 +20,8 @@ from captum_intramodal.logit_lens import LogitLens
 
 __all__ = ["Encoding", "ModelAdapter"]
 
+# Model types whose processor takes one list of pictures per prompt.
+NESTED_IMAGES = ("idefics",)
 # Model types that tell the answer from the prompt by its token type.
 ANSWER_TYPES: dict[str, int] = {"paligemma": 1}
 
@@ -117,14 +119,15 @@ class ModelAdapter:
         placeholder = getattr(self.processor, "image_token", None) or "<image>"
         return f"{placeholder * n_images}{prompt}"
 
-    def prepare(self, images: Sequence[Image.Image], prompt: Prompt) -> dict[str, Any]:
+    def prepare(self, images: Sequence[Image.Image | Tensor], prompt: Prompt, **options: Any) -> dict[str, Any]:
         """Model inputs for a prompt about pictures, as the processor makes them, on the model's device."""
         text = self.prompt_text(prompt, len(images))
         bos = self.tokenizer.bos_token
-        extra = {"add_special_tokens": False} if bos and text.startswith(bos) else {}
+        extra = {**options, **({"add_special_tokens": False} if bos and text.startswith(bos) else {})}
         if "mm_token_type_ids" in signature(self.model.forward).parameters:
             extra["return_mm_token_type_ids"] = True
-        batch = self.processor(images=list(images), text=[text], return_tensors="pt", **extra)
+        pictures = [list(images)] if self.model.config.model_type in NESTED_IMAGES else list(images)
+        batch = self.processor(images=pictures, text=[text], return_tensors="pt", **extra)
         inputs = {key: value.to(self.device) if isinstance(value, Tensor) else value for key, value in batch.items()}
         inputs.pop("labels", None)
         return self._begin_decoding(inputs) if self.is_encoder_decoder else inputs
@@ -155,15 +158,15 @@ class ModelAdapter:
 
     def generate(self, inputs: Mapping[str, Any], max_new_tokens: int = 128) -> list[int]:
         """Greedy answer as token ids, without the tokens that end it."""
-        return self._strip_end(self._generate(inputs, max_new_tokens).sequences[0, self._prompt_length(inputs) :])
+        return self._strip_end(self._generate(inputs, max_new_tokens).sequences[0, self.sequence_length(inputs) :])
 
     def generate_with_logits(self, inputs: Mapping[str, Any], max_new_tokens: int = 128) -> tuple[list[int], Tensor]:
         """Greedy answer with the tokens that end it, and the model's logits for each of them, (tokens, vocabulary)."""
         output = self._generate(inputs, max_new_tokens, output_logits=True)
-        return output.sequences[0, self._prompt_length(inputs) :].tolist(), torch.cat(output.logits)
+        return output.sequences[0, self.sequence_length(inputs) :].tolist(), torch.cat(output.logits)
 
-    def _prompt_length(self, inputs: Mapping[str, Any]) -> int:
-        """Tokens that stand before the answer in the decoder's sequence."""
+    def sequence_length(self, inputs: Mapping[str, Any]) -> int:
+        """Number of tokens that the decoder reads."""
         return int(self._decoder_ids(inputs).shape[1])
 
     def _decoder_ids(self, inputs: Mapping[str, Any]) -> Tensor:
@@ -184,7 +187,7 @@ class ModelAdapter:
             top_k=None,
             # In the answer they would ask for the features of one more picture.
             suppress_tokens=placeholders or None,
-            pad_token_id=self._pad_token_id,
+            **({} if self.model.generation_config.pad_token_id is not None else {"pad_token_id": self._pad_token_id}),
             return_dict_in_generate=True,
             **options,
         )

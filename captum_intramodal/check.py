@@ -3,7 +3,7 @@ r"""What holds on a model that nobody has tried before: an explanation's assumpt
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -13,8 +13,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from captum_intramodal.adapter import ModelAdapter, Prompt
-from captum_intramodal.geometry import TokenGeometry, geometry_oracle
+from captum_intramodal.coordinates import PixelMaps
+from captum_intramodal.geometry import CODE_RASTERS, TokenGeometry, geometry_oracle
 from captum_intramodal.hooks import evaluation_mode
+from captum_intramodal.levels import find_sights, resize_pictures
 from captum_intramodal.pixels import PixelForward
 
 __all__ = ["Check", "CheckReport", "check"]
@@ -32,11 +34,13 @@ class Check:
         name (str): what is assumed.
         passed (bool, optional): whether it holds; None where the model gives nothing to test.
         detail (str): what was measured, or what went wrong and what to do.
+        figures (dict): the numbers in it.
     """
 
     name: str
     passed: bool | None
     detail: str
+    figures: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -142,11 +146,17 @@ def _oracle(
 
 
 def _check_geometry(adapter: ModelAdapter, picture: Image.Image, prompt: Prompt) -> Check:
-    geometry = adapter.geometry([picture.size])
+    try:
+        geometry = adapter.geometry([picture.size])
+    except ValueError as error:
+        adapter.pixel_maps([picture.size])
+        return Check("geometry", None, f"{error} Explained by its pixels")
     counts = {kind: geometry.kinds.count(kind) for kind in dict.fromkeys(geometry.kinds)}
     found = f"{len(geometry.kinds)} visual tokens ({', '.join(f'{n} {kind}' for kind, n in counts.items())})"
     if "local" not in counts:
-        return Check("geometry", None, f"{found}; none of them stands for a region of the picture")
+        return Check("geometry", None, f"{found}; none stands for a region of the picture. Explained by its pixels")
+    if adapter.model.config.model_type in CODE_RASTERS:
+        return Check("geometry", None, f"{found}; codes that no small change of the picture moves", {"tokens": counts})
     rate = _oracle(adapter, picture, prompt, geometry)
     local = geometry.is_local.nonzero().flatten()
     boxes = geometry.boxes.clone()
@@ -158,6 +168,7 @@ def _check_geometry(adapter: ModelAdapter, picture: Image.Image, prompt: Prompt)
         rate >= ORACLE_PASSES,
         f"{found} of {width:.0f} x {height:.0f} pixels; {rate:.0%} of changes lie in the box of the token that "
         f"reacts most (shuffled boxes: {chance:.0%})",
+        {"tokens": counts, "token_size": [round(width, 1), round(height, 1)], "oracle": rate, "chance": chance},
     )
 
 
@@ -166,26 +177,33 @@ def _check_lens(adapter: ModelAdapter, picture: Image.Image, prompt: Prompt) -> 
     way = {"fast": "head(norm(h))", "replay": "the model's own tail, replayed (slower)"}[lens.tail]
     extra = "" if lens.factor == 1 else f", times {lens.factor:.4g}"
     extra += "" if lens.cap is None else f", soft-capped at {lens.cap:g}"
-    return Check("logit lens", True, f"{way}{extra}; {len(lens.layers)} layers, vocabulary {lens.vocab_size}")
+    return Check(
+        "logit lens",
+        True,
+        f"{way}{extra}; {len(lens.layers)} layers, vocabulary {lens.vocab_size}",
+        {"tail": lens.tail, "factor": lens.factor, "cap": lens.cap},
+    )
 
 
 def _check_teacher_forcing(adapter: ModelAdapter, picture: Image.Image, prompt: Prompt) -> Check:
     inputs = adapter.prepare([picture], prompt)
     answer, generated = adapter.generate_with_logits(inputs, max_new_tokens=16)
     encoding = adapter.encode(inputs, answer)
-    forced = adapter.run(encoding.inputs).logits[0, -len(answer) - 1 : -1]
+    forced = encoding.rows(adapter.run(encoding.inputs).logits[0])[-len(answer) - 1 : -1]
     gap, tolerance = _gap(forced, generated), _tolerance(adapter.model.dtype)
     return Check(
         "teacher forcing",
         gap <= tolerance,
         f"the logits of one pass over prompt and answer differ from those of generate by {gap:.2%} of their spread "
         f"({len(answer)} tokens; up to {tolerance:.0%} is rounding)",
+        {"gap": gap},
     )
 
 
 def _gap(actual: Tensor, expected: Tensor) -> float:
-    """Mean absolute difference of logits in standard deviations."""
-    actual, expected = actual.float().cpu(), expected.float().cpu()
+    """Mean absolute difference of logits in standard deviations; some models pad or mask the vocabulary."""
+    width = min(actual.shape[-1], expected.shape[-1])
+    actual, expected = actual[..., :width].float().cpu(), expected[..., :width].float().cpu()
     seen = expected.isfinite() & (expected > torch.finfo(torch.float32).min / 4)
     return float((actual - expected)[seen].abs().mean() / expected[seen].std())
 
@@ -195,32 +213,33 @@ def _tolerance(dtype: torch.dtype) -> float:
 
 
 def _check_scales(adapter: ModelAdapter, picture: Image.Image, prompt: Prompt) -> Check:
-    found: list[TokenGeometry] = []
-    sizes, worst = [], 1.0
-    for scale in (0.5, 1.0, 1.5, 2.0):
-        size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
-        geometry = adapter.geometry([size])
-        if any(geometry.shows_same(other) for other in found):
-            sizes.append(f"{scale:g}: nothing new")
-            continue
-        found.append(geometry)
-        width, height = (side / scale for side in geometry.token_size)
-        sizes.append(f"{scale:g}: {width:.0f} x {height:.0f}")
-        if bool(geometry.is_local.any()):
-            worst = min(worst, _oracle(adapter, picture.resize(size), prompt, geometry, blocks=16))
+    sights, _ = find_sights(adapter, [picture], "auto", adapter.prepare([picture], prompt))
+    worst, sizes = 1.0, {}
+    for scale, sight in sights.items():
+        if isinstance(sight, PixelMaps):
+            return Check(
+                "scales", None, f"no tokens with a place; {', '.join(map(str, sights))} differ in their pixels"
+            )
+        sizes[scale] = [round(side / scale, 1) for side in sight.token_size]
+        if adapter.model.config.model_type not in CODE_RASTERS:
+            resized = resize_pictures([picture], sight.image_sizes)[0]
+            worst = min(worst, _oracle(adapter, resized, prompt, sight, blocks=16))
+    listed = ", ".join(f"{scale:g}: {width:.0f} x {height:.0f}" for scale, (width, height) in sizes.items())
     return Check(
         "scales",
         worst >= ORACLE_PASSES,
-        f"token size in pixels of the original at scale {', '.join(sizes)}; boxes hold for at least {worst:.0%} of "
-        "changes",
+        f"scales='auto' takes tokens of so many pixels of the original at scale {listed}; the boxes hold for at least "
+        f"{worst:.0%} of changes",
+        {"token_sizes": sizes, "oracle": worst},
     )
 
 
 def _check_pixels(adapter: ModelAdapter, picture: Image.Image, prompt: Prompt) -> Check:
     inputs = adapter.prepare([picture], prompt)
-    answer = adapter.generate(inputs, max_new_tokens=4) or [int(inputs["input_ids"][0, -1])]
+    answer, _ = adapter.generate_with_logits(inputs, max_new_tokens=4)
     forward = PixelForward(adapter, prompt, answer)
-    expected = adapter.run(adapter.encode(inputs, answer).inputs).logits[0, -len(answer) - 1 : -1]
+    encoding = adapter.encode(inputs, forward.answer_ids)
+    expected = encoding.rows(adapter.run(encoding.inputs).logits[0])[-len(forward.answer_ids) - 1 : -1]
     pixels: Tensor = torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None] / 255
     with torch.enable_grad():
         pixels.requires_grad_()
@@ -233,4 +252,5 @@ def _check_pixels(adapter: ModelAdapter, picture: Image.Image, prompt: Prompt) -
         seen > 0 and gap < 0.1,
         f"a gradient reaches {seen:.0%} of the picture's pixels; the logits differ from the ordinary path's by "
         f"{gap:.2%} of their spread",
+        {"seen": seen, "gap": gap},
     )

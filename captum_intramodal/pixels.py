@@ -49,25 +49,27 @@ class PixelForward(nn.Module):
 
     def inputs(self, picture: Tensor) -> dict[str, Any]:
         """The model's inputs for a picture, (3, height, width) in [0, 1]: differentiable pixels, and the text."""
-        height, width = picture.shape[-2:]
-        blank = Image.new("RGB", (width, height))
-        encoding = self.adapter.encode(self.adapter.prepare([blank], self.prompt), self.answer_ids)
-        pixels = self.adapter.processor.image_processor(images=[picture], do_rescale=False, return_tensors="pt")
-        floats = {
-            key: value for key, value in pixels.items() if isinstance(value, Tensor) and value.is_floating_point()
-        }
-        if picture.requires_grad and torch.is_grad_enabled() and not any(v.requires_grad for v in floats.values()):
+        try:
+            inputs = self.adapter.prepare([picture], self.prompt, do_rescale=False)
+        except (TypeError, ValueError):
+            # Idefics2's processor takes only PIL pictures, its image processor tensors as well.
+            blank = Image.new("RGB", (picture.shape[2], picture.shape[1]), "gray")
+            pixels = self.adapter.processor.image_processor(images=[picture], do_rescale=False, return_tensors="pt")
+            inputs = self.adapter.prepare([blank], self.prompt)
+            inputs |= {key: value.to(self.adapter.device) for key, value in pixels.items() if key in inputs}
+        followed = any(isinstance(value, Tensor) and value.requires_grad for value in inputs.values())
+        if picture.requires_grad and torch.is_grad_enabled() and not followed:
             name = type(self.adapter.processor.image_processor).__name__
             raise TypeError(
                 f"No gradient passes through {name}; install torchvision and load the processor with "
                 "AutoProcessor.from_pretrained(path), which then takes its torchvision version (use_fast=True in early "
                 "transformers 5)."
             )
-        return encoding.inputs | {key: value.to(self.adapter.device) for key, value in floats.items()}
+        return self.adapter.encode(inputs, self.answer_ids).inputs
 
     def positions(self, picture: Tensor) -> Tensor:
         """Positions of the answer's tokens in the sequence, int64 (answer tokens,)."""
-        length = self.inputs(picture.detach())["input_ids"].shape[1]
+        length = self.adapter.sequence_length(self.inputs(picture.detach()))
         return torch.arange(length - len(self.answer_ids), length)
 
     def forward(self, pictures: Tensor) -> Tensor:
