@@ -15,7 +15,13 @@ from torch import Tensor
 
 from captum_intramodal.coordinates import PixelMaps
 from captum_intramodal.decoder import input_device
-from captum_intramodal.geometry import TokenGeometry, cached_geometry, cached_pixels, image_token_id, visual_positions
+from captum_intramodal.geometry import (
+    TokenGeometry,
+    cached_geometry,
+    cached_pixels,
+    image_token_id,
+    visual_positions,
+)
 from captum_intramodal.logit_lens import LogitLens
 
 __all__ = ["Encoding", "ModelAdapter"]
@@ -63,12 +69,15 @@ class ModelAdapter:
 
         model (PreTrainedModel): An image-text-to-text model, in any dtype, on any device.
         processor: Its processor, from ``AutoProcessor.from_pretrained``.
+        video (bool, optional): Whether the pictures of a prompt are the frames of one video, all of one size.
+                    Default: False
 
     Raises:
         TypeError: not a generating transformers model, or a processor without tokenizer or image processor.
+        ValueError: a video for a model that takes none.
     """
 
-    def __init__(self, model: Any, processor: Any) -> None:
+    def __init__(self, model: Any, processor: Any, video: bool = False) -> None:
         # A compiled module would be compiled anew for every hook and picture size.
         model = getattr(model, "_orig_mod", model)
         if (
@@ -83,6 +92,9 @@ class ModelAdapter:
                 "and an image processor); load it with AutoProcessor.from_pretrained. A text-only model has no picture "
                 "to explain."
             )
+        if video and getattr(processor, "video_processor", None) is None:
+            raise ValueError(f"{type(model).__name__} takes no videos; pass its frames as pictures.")
+        self.video = video
         self.model: Any = model
         self.processor = processor
         self.tokenizer = processor.tokenizer
@@ -108,7 +120,8 @@ class ModelAdapter:
         if isinstance(prompt, str):
             if not prompt.strip():
                 raise ValueError("The prompt is empty; ask the model something about the picture.")
-            content = [*({"type": "image"} for _ in range(n_images)), {"type": "text", "text": prompt}]
+            shown = [{"type": "video"}] if self.video else [{"type": "image"}] * n_images
+            content = [*shown, {"type": "text", "text": prompt}]
             messages: Sequence[Mapping[str, Any]] = [{"role": "user", "content": content}]
         else:
             messages = prompt
@@ -126,6 +139,10 @@ class ModelAdapter:
         extra = {**options, **({"add_special_tokens": False} if bos and text.startswith(bos) else {})}
         if "mm_token_type_ids" in signature(self.model.forward).parameters:
             extra["return_mm_token_type_ids"] = True
+        if self.video:
+            frames = torch.stack([_channels_first(frame) for frame in images])
+            batch = self.processor(videos=[frames], text=[text], do_sample_frames=False, return_tensors="pt", **extra)
+            return {key: value.to(self.device) if isinstance(value, Tensor) else value for key, value in batch.items()}
         pictures = [list(images)] if self.model.config.model_type in NESTED_IMAGES else list(images)
         batch = self.processor(images=pictures, text=[text], return_tensors="pt", **extra)
         inputs = {key: value.to(self.device) if isinstance(value, Tensor) else value for key, value in batch.items()}
@@ -282,11 +299,16 @@ class ModelAdapter:
         if self.is_encoder_decoder or image_token_id(self.model) is None:
             raise ValueError(f"{type(self.model).__name__} has no visual tokens in its decoder's sequence.")
         return cached_geometry(
-            self.model, self.processor, lambda images: self.prepare(images, "describe"), tuple(image_sizes)
+            self.model, self.processor, lambda images: self.prepare(images, "describe"), tuple(image_sizes), self.video
         )
 
     def pixel_maps(self, image_sizes: Sequence[tuple[int, int]]) -> PixelMaps:
         """What each element of the processor's pixel tensors samples, for pictures of these (width, height)."""
         return cached_pixels(
-            self.model, self.processor, lambda images: self.prepare(images, "describe"), tuple(image_sizes)
+            self.model, self.processor, lambda images: self.prepare(images, "describe"), tuple(image_sizes), self.video
         )
+
+
+def _channels_first(frame: Image.Image | Tensor) -> Tensor:
+    """A frame as videos take them: uint8 (3, height, width), or a float tensor as it is."""
+    return frame if isinstance(frame, Tensor) else torch.from_numpy(np.array(frame)).permute(2, 0, 1)

@@ -36,6 +36,7 @@ def explain(
     scale_weights: Sequence[float] | None = None,
     aggregation: Aggregation = "mean",
     arc: bool | Mapping[str, Any] | None = True,
+    video: bool = False,
     method: Method = "auto",
     layer: int = -1,
     max_new_tokens: int = 128,
@@ -72,6 +73,9 @@ def explain(
                     :class:`~captum_intramodal.ActivationRankingCorrelation` (``k``, ``p``, ``weighting``, ...), None
                     or False for none.
                     Default: True
+        video (bool, optional): Whether the pictures are the frames of one video, sampled as the model expects them. The
+                    explanation shows them as pictures in time; frames that the model merges have the same map.
+                    Default: False
         method (str, optional): Whose maps: ``'logit_lens'``, or ``'input_x_gradient'`` with respect to the pixels (one
                     backward pass per token and scale), for models whose visual tokens have no place in the picture
                     (resamplers, cross-attention, encoder-decoders). ``'auto'``: the lens wherever the model has places.
@@ -96,7 +100,7 @@ def explain(
         >>> explanation.heatmap("dog").shape     # (height, width) of the picture
         >>> explanation.to_html("page.html")
     """
-    adapter = ModelAdapter(model, processor)
+    adapter = ModelAdapter(model, processor, video)
     model = adapter.model
     pictures = _check_images(images)
     weight_of: dict[float, float] = {}

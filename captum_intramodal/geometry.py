@@ -45,10 +45,12 @@ __all__ = [
     "geometry_oracle",
     "image_token_id",
     "measure_geometry",
+    "video_token_id",
     "visual_positions",
 ]
 
 IMAGE_TOKEN_ATTRIBUTES = ("image_token_id", "image_token_index", "image_patch_id")
+VIDEO_TOKEN_ATTRIBUTES = ("video_token_id", "video_token_index")
 
 # Edges are found to this many pixels of the original picture.
 PRECISION = 0.5
@@ -84,6 +86,8 @@ class TokenGeometry:
         image_index (Tensor): the picture each token belongs to; tokens that see none belong to the picture of the
             nearest token that does. int64, shape: V.
         image_sizes (tuple): (width, height) of every picture in pixels.
+        last_image_index (Tensor, optional): where the model merges successive frames of a video, the last one that each
+            token sees; ``image_index`` is the first. int64, shape: V. None: each token sees one picture.
 
     Examples::
 
@@ -100,6 +104,12 @@ class TokenGeometry:
     kinds: tuple[str, ...]
     image_index: Tensor
     image_sizes: tuple[Size, ...]
+    last_image_index: Tensor | None = None
+
+    def sees(self, image: int) -> Tensor:
+        """Boolean, shape: V; true where the token belongs to a picture, or to a frame of the video."""
+        last = self.image_index if self.last_image_index is None else self.last_image_index
+        return (self.image_index <= image) & (image <= last)
 
     @property
     def is_local(self) -> Tensor:
@@ -128,7 +138,7 @@ class TokenGeometry:
         """
         if not 0 <= image < len(self.image_sizes):
             raise ValueError(f"There is no picture {image}; the geometry has {len(self.image_sizes)}.")
-        boxes = self.boxes[self.is_local & (self.image_index == image)]
+        boxes = self.boxes[self.is_local & self.sees(image)]
         if len(boxes) == 0:
             return (math.nan,) * 4
         x0, y0 = boxes[:, :2].amin(dim=0).tolist()
@@ -161,6 +171,12 @@ def image_token_id(model: PreTrainedModel) -> int | None:
     return next((i for i in ids if isinstance(i, int)), None)
 
 
+def video_token_id(model: PreTrainedModel) -> int | None:
+    """Id of the token that stands for the frames of a video; None for models that take none."""
+    ids = (getattr(model.config, name, None) for name in VIDEO_TOKEN_ATTRIBUTES)
+    return next((i for i in ids if isinstance(i, int)), None)
+
+
 def visual_positions(model: PreTrainedModel, input_ids: Tensor) -> Tensor:
     r"""Positions of the decoder sequence that hold visual tokens.
 
@@ -187,7 +203,8 @@ def visual_positions(model: PreTrainedModel, input_ids: Tensor) -> Tensor:
             f"The config of {type(model).__name__} names no image placeholder ({', '.join(IMAGE_TOKEN_ATTRIBUTES)}); "
             "set model.config.image_token_id to the id that the processor repeats for every visual token."
         )
-    positions = (input_ids == token_id).nonzero().flatten()
+    ids = torch.tensor([token_id, video] if (video := video_token_id(model)) is not None else [token_id])
+    positions = torch.isin(input_ids, ids.to(input_ids)).nonzero().flatten()
     if len(positions) == 0:
         raise ValueError(
             f"No image placeholder (id {token_id}) among the {len(input_ids)} input ids; the prompt needs one for "
@@ -714,7 +731,10 @@ def measure_geometry(model: PreTrainedModel, prepare: Prepare, image_sizes: Sequ
             seen = per_image.any(dim=0)
             boxes[~seen] = math.nan
             image_index = _fill_image_index(per_image.long().argmax(dim=0), sweep.positions.cpu(), seen)
-            overall = per_image.sum(dim=0) > 1
+            last_index = image_index + (per_image.sum(dim=0) - 1).clamp_min(0)
+            # Successive frames of a video may share tokens; what sees other pictures at once has no place.
+            successive = per_image[last_index.clamp_max(len(sizes) - 1), torch.arange(len(seen))]
+            overall = (last_index > image_index) & ~(successive & (len(set(sizes)) == 1))
             if owners is None and int(seen.sum()) > 1:
                 overall |= _shared(sweep, pixels, seen & _span_all(boxes, seen, image_index, len(sizes)))
         unknown = ~seen & ~padding
@@ -727,7 +747,8 @@ def measure_geometry(model: PreTrainedModel, prepare: Prepare, image_sizes: Sequ
         "global" if is_global else "local" if is_seen else "padding" if is_padding else "separator"
         for is_global, is_seen, is_padding in zip(overall.tolist(), seen.tolist(), padding.tolist(), strict=True)
     )
-    return TokenGeometry(boxes, kinds, image_index, sizes)
+    merged = bool((last_index > image_index).any())
+    return TokenGeometry(boxes, kinds, image_index, sizes, last_index if merged else None)
 
 
 # ----------------------------------------------------------------------------------------------------------- cache
@@ -740,7 +761,7 @@ def _settings(value: Any) -> Any:
     return value.to_dict() if hasattr(value, "to_dict") else repr(value)
 
 
-def geometry_key(model: PreTrainedModel, processor: Any, image_sizes: Sequence[Size]) -> Hashable:
+def geometry_key(model: PreTrainedModel, processor: Any, image_sizes: Sequence[Size], video: bool = False) -> Hashable:
     r"""What a measured geometry depends on: the processor's settings, the picture sizes, the vision configuration.
 
     Settings given to the processor at call time are not part of it; change the processor's own instead.
@@ -750,6 +771,8 @@ def geometry_key(model: PreTrainedModel, processor: Any, image_sizes: Sequence[S
         model (PreTrainedModel): The model; its config without the language model's part counts.
         processor: The model's processor; its settings and those of its image processor count.
         image_sizes (Sequence[tuple[int, int]]): (width, height) of each picture.
+        video (bool, optional): Whether they are the frames of a video.
+                    Default: False
 
     Returns:
         **key** (*Hashable*):
@@ -764,11 +787,12 @@ def geometry_key(model: PreTrainedModel, processor: Any, image_sizes: Sequence[S
     }
     image_processor = _settings(getattr(processor, "image_processor", None))
     parts = [type(model).__qualname__, config, type(processor).__qualname__, own, image_processor]
+    parts.append(_settings(getattr(processor, "video_processor", None)) if video else None)
     return json.dumps([*parts, _checked_sizes(image_sizes)], sort_keys=True, default=repr)
 
 
 def cached_geometry(
-    model: PreTrainedModel, processor: Any, prepare: Prepare, image_sizes: Sequence[Size]
+    model: PreTrainedModel, processor: Any, prepare: Prepare, image_sizes: Sequence[Size], video: bool = False
 ) -> TokenGeometry:
     r"""As :func:`measure_geometry`, measured once for every :func:`geometry_key`; the last 128 are kept.
 
@@ -778,19 +802,23 @@ def cached_geometry(
         processor: The processor that ``prepare`` uses.
         prepare (Callable): From pictures of these sizes to the model's inputs.
         image_sizes (Sequence[tuple[int, int]]): (width, height) of each picture.
+        video (bool, optional): Whether they are the frames of a video.
+                    Default: False
 
     Returns:
         **geometry** (*TokenGeometry*):
             The same object for the same key.
     """
-    key = ("tokens", geometry_key(model, processor, image_sizes))
+    key = ("tokens", geometry_key(model, processor, image_sizes, video))
     return cast(TokenGeometry, _cached(key, lambda: measure_geometry(model, prepare, image_sizes)))
 
 
-def cached_pixels(model: PreTrainedModel, processor: Any, prepare: Prepare, image_sizes: Sequence[Size]) -> PixelMaps:
+def cached_pixels(
+    model: PreTrainedModel, processor: Any, prepare: Prepare, image_sizes: Sequence[Size], video: bool = False
+) -> PixelMaps:
     """As :func:`~captum_intramodal.coordinates.measure_pixels`, measured once for every :func:`geometry_key`."""
     sizes = _checked_sizes(image_sizes)
-    key = ("pixels", geometry_key(model, processor, sizes))
+    key = ("pixels", geometry_key(model, processor, sizes, video))
     return cast(PixelMaps, _cached(key, lambda: PixelMaps(measure_pixels(prepare, sizes), sizes)))
 
 
@@ -855,7 +883,7 @@ def geometry_oracle(
     if blocks < 1:
         raise ValueError(f"blocks must be at least 1, got {blocks}.")
     local = geometry.is_local
-    if missing := [i for i in range(len(sizes)) if not bool((local & (geometry.image_index == i)).any())]:
+    if missing := [i for i in range(len(sizes)) if not bool((local & geometry.sees(i)).any())]:
         raise ValueError(
             f"The geometry has no local tokens for picture {missing[0]} of {len(sizes)}; nothing to check."
         )
@@ -877,7 +905,7 @@ def geometry_oracle(
         for block in range(blocks):
             image = block % len(pictures)
             width, height = sizes[image]
-            boxes = geometry.boxes[local & (geometry.image_index == image)]
+            boxes = geometry.boxes[local & geometry.sees(image)]
             token = (boxes[:, 2:] - boxes[:, :2]).median(dim=0).values
             side = [max(2, round(float(t) / 8)) for t in token]
             x0, y0, x1, y1 = geometry.coverage(image)
@@ -893,7 +921,7 @@ def geometry_oracle(
             box = geometry.boxes[strongest]
             corner = torch.tensor([left, top])
             touches = bool(((box[:2] <= corner + torch.tensor(side)) & (corner <= box[2:])).all())
-            count += touches and int(geometry.image_index[strongest]) == image
+            count += touches and bool(geometry.sees(image)[strongest])
         return count
 
     with evaluation_mode(model):

@@ -96,7 +96,7 @@ class TokenLevel:
         """Boxes in pixels of the original picture; NaN for tokens of other pictures."""
         width, height = self.geometry.image_sizes[image]
         boxes = self.geometry.boxes * torch.tensor([size[0] / width, size[1] / height] * 2)
-        return boxes.masked_fill((self.geometry.image_index != image)[:, None], torch.nan)
+        return boxes.masked_fill(~self.geometry.sees(image)[:, None], torch.nan)
 
     def cell_size(self, size: tuple[int, int]) -> list[float]:
         boxes = self.boxes(0, size)

@@ -774,7 +774,9 @@ def _processor(model_type: str, row: Family, config: Any) -> Any:
     for name, value in row.attributes.items():
         setattr(processor, name, value)
     token = str(getattr(processor, "image_token", "<image>"))
-    processor.chat_template = tiny.chat_template(token if row.placeholder is None else row.placeholder)
+    image = token if row.placeholder is None else row.placeholder
+    video = getattr(processor, "video_token", None) or "<video>"
+    processor.chat_template = tiny.chat_template(image, image.replace(token, video) if token in image else video)
     return processor
 
 
@@ -782,7 +784,10 @@ def _video_processor(model_type: str, row: Family, config: Any) -> Any:
     cls = _auto_class(VIDEO_PROCESSOR_MAPPING_NAMES, model_type, row.video_class) or transformers.Qwen2VLVideoProcessor
     default = cls()
     options = _image_options(config, default)
-    return cls(**{name: options[name] for name in ("patch_size", "merge_size", *row.video) if name in options})
+    shared = ["patch_size", "merge_size", *row.video]
+    if "height" in (getattr(default, "size", None) or {}) or getattr(default, "crop_size", None):
+        shared += ["size", "crop_size"]  # A tower of fixed size.
+    return cls(**{name: options[name] for name in shared if name in options})
 
 
 def _write_ids(config: Any, processor: Any, row: Family) -> None:

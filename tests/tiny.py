@@ -56,12 +56,13 @@ def tokenizer_of(
     )
 
 
-def chat_template(image: str) -> str:
+def chat_template(image: str, video: str = "<video>") -> str:
     return (
         "<s>{% for message in messages %}{{ message['role'] }} : "
         "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
         "{% for part in message['content'] %}"
-        "{% if part['type'] == 'image' %}" + image + " {% elif part['type'] == 'text' %}{{ part['text'] }}{% endif %}"
+        "{% if part['type'] == 'image' %}" + image + " {% elif part['type'] == 'video' %}" + video + " "
+        "{% elif part['type'] == 'text' %}{{ part['text'] }}{% endif %}"
         "{% endfor %}{% endif %} {% if message['role'] == 'assistant' %}</s>{% endif %}{% endfor %}"
         "{% if add_generation_prompt %}assistant : {% endif %}"
     )
@@ -138,7 +139,9 @@ def _qwen(model_type: str) -> tuple[Any, Any]:
         ),
         tokenizer=tokenizer,
         video_processor=transformers.Qwen2VLVideoProcessor(patch_size=14, merge_size=2),
-        chat_template=chat_template("<|vision_start|><|image_pad|><|vision_end|>"),
+        chat_template=chat_template(
+            "<|vision_start|><|image_pad|><|vision_end|>", "<|vision_start|><|video_pad|><|vision_end|>"
+        ),
     )
     return model_class(config), processor
 
@@ -187,7 +190,7 @@ def _idefics(model_type: str) -> tuple[Any, Any]:
     processor = transformers.SmolVLMProcessor(
         _image_processor("SmolVLM", **sizes),
         tokenizer,
-        transformers.SmolVLMVideoProcessor(),
+        transformers.SmolVLMVideoProcessor(size={"longest_edge": 56}, max_image_size={"longest_edge": 56}),
         image_seq_len=16,
         chat_template=template,
     )

@@ -1,0 +1,67 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from families import build
+from PIL import Image
+from tiny import tiny
+
+from captum_intramodal import ModelAdapter, explain
+from captum_intramodal.geometry import geometry_oracle
+
+SIZE = (160, 120)
+# How many successive frames the model merges into one.
+MERGED = {
+    "qwen2_vl": 2,
+    "qwen2_5_vl": 2,
+    "qwen3_vl": 2,
+    "llava_onevision": 1,
+    "llava_next_video": 1,
+    "video_llava": 1,
+    "smolvlm": 1,
+    "internvl": 1,
+    "video_llama_3": 1,
+}
+
+
+def frames(count: int = 4) -> list[Image.Image]:
+    random = np.random.default_rng(5)
+    return [
+        Image.fromarray(random.integers(0, 256, (5, 7, 3), np.uint8)).resize(SIZE, Image.Resampling.BICUBIC)
+        for _ in range(count)
+    ]
+
+
+@pytest.mark.parametrize("model_type", MERGED)
+def test_frames_are_pictures_in_time(model_type: str) -> None:
+    model, processor = build(model_type)
+    adapter = ModelAdapter(model, processor, video=True)
+    geometry = adapter.geometry([SIZE] * 4)
+    first, last = geometry.image_index, geometry.last_image_index
+    step = MERGED[model_type]
+    local = geometry.is_local
+    assert set(first[local].tolist()) == set(range(0, 4, step))
+    assert (last is None) == (step == 1)
+    if last is not None:
+        assert torch.equal(last[local], first[local] + step - 1)
+    assert geometry_oracle(model, lambda images: adapter.prepare(images, "describe"), frames(), geometry, 16) >= 0.97
+    result = explain(model, processor, frames(), "describe the picture", "a red cat", scales=(1.0,), video=True)
+    assert result.settings["method"] == "logit_lens" and len(result.maps) == 4
+    assert all(bool(m.any()) for m in result.maps)
+    assert torch.equal(result.maps[0], result.maps[1]) == (step == 2)
+    assert not torch.equal(result.maps[1], result.maps[2])
+
+
+def test_frames_are_not_the_same_prompt_as_pictures() -> None:
+    model, processor = tiny("qwen2_vl")
+    arguments = (model, processor, frames(2), "describe the picture", "a red dog")
+    as_video, as_pictures = explain(*arguments, scales=(1.0,), video=True), explain(*arguments, scales=(1.0,))
+    assert not torch.equal(as_pictures.maps[0], as_pictures.maps[1])
+    assert torch.equal(as_video.maps[0], as_video.maps[1])
+
+
+def test_a_model_without_videos() -> None:
+    model, processor = tiny("llava")
+    with pytest.raises(ValueError, match="takes no videos"):
+        explain(model, processor, frames(), "describe the picture", "a dog", video=True)
