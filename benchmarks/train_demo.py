@@ -221,7 +221,7 @@ class Batches(Dataset[dict[str, Tensor]]):
                 if item.colour:
                     present[index, self.word_index[item.colour]] = 1
             questions = [scene.describe_question(rng), scene.exists_question(rng, self.classes)]
-            questions += [q for q in (scene.relation_question(rng) for _ in range(4)) if q is not None]
+            questions += [q for q in (scene.relation_question(rng) for _ in range(8)) if q is not None]
             ids, train, segment, position = list(prefix), [False] * len(prefix), [0] * len(prefix), [prefix_positions]
             for number, question in enumerate(dict.fromkeys(questions), start=1):
                 part, mask = self._segment(question, rng)

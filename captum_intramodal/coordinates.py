@@ -130,9 +130,11 @@ class PixelMaps:
     maps: dict[str, PixelMap]
     image_sizes: tuple[Size, ...]
 
-    def shows_same(self, other: PixelMaps) -> bool:
+    def shows_same(self, other: object) -> bool:
         """Whether two sizes of the same pictures become the same tensors, up to 2 % of the pictures' sides."""
-        if {key: m.shape for key, m in self.maps.items()} != {key: m.shape for key, m in other.maps.items()}:
+        if not isinstance(other, PixelMaps) or {key: m.shape for key, m in self.maps.items()} != {
+            key: m.shape for key, m in other.maps.items()
+        }:
             return False
         return all(
             bool(torch.allclose(_relative(pixels), _relative(other.maps[key]), atol=0.02, rtol=0))

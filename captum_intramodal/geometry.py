@@ -145,18 +145,18 @@ class TokenGeometry:
         x1, y1 = boxes[:, 2:].amax(dim=0).tolist()
         return x0, y0, x1, y1
 
-    def shows_same(self, other: TokenGeometry) -> bool:
+    def shows_same(self, other: object) -> bool:
         r"""
         Whether two sizes of the same pictures give the model the same tokens.
 
         Args:
-            other (TokenGeometry): Of the pictures at another size.
+            other (object): A geometry of the pictures at another size; anything else is not the same.
 
         Returns:
             **same** (*bool*):
                 As many tokens, with boxes equal to 2 % of the picture.
         """
-        if len(self.boxes) != len(other.boxes):
+        if not isinstance(other, TokenGeometry) or len(self.boxes) != len(other.boxes):
             return False
         first, second = (
             g.boxes / torch.tensor(g.image_sizes, dtype=torch.float32)[g.image_index].repeat(1, 2)

@@ -266,11 +266,9 @@ def find_sights(
             continue
         resized = [(max(1, round(width * scale)), max(1, round(height * scale))) for width, height in sizes]
         sight = original if scale == 1.0 else see(resized)
-        # A reduction to the same tokens still shows less: the picture without its high frequencies.
-        twins = list(kept.values()) if auto else [s for factor, s in kept.items() if factor > 1] if scale > 1 else []
-        if scale > 1:
-            twins.append(original)
-        if any(_show_same(sight, twin) for twin in twins):
+        # A reduction to the same tokens shows the picture without its high frequencies, which one may ask for.
+        twins = kept.values() if auto else [original, *kept.values()] if scale > 1 else []
+        if any(sight.shows_same(twin) for twin in twins):
             dropped.append(scale)
         else:
             kept[scale] = sight
@@ -304,12 +302,6 @@ def _see(
                 "explains it by its pixels."
             )
     return adapter.pixel_maps(sizes), adapter.pixel_maps
-
-
-def _show_same(one: Sight, other: Sight) -> bool:
-    if isinstance(one, TokenGeometry):
-        return isinstance(other, TokenGeometry) and one.shows_same(other)
-    return isinstance(other, PixelMaps) and one.shows_same(other)
 
 
 def _shrinks(inputs: Mapping[str, Any], pictures: Sequence[Image.Image]) -> bool:

@@ -140,7 +140,7 @@ class Scene:
                     nothing.append(Question(prompt, "nothing.", "relation"))
                 else:
                     found.append(Question(prompt, f"{self.objects[neighbour].phrase}.", "relation"))
-        if found and (not nothing or rng.random() < 0.85):
+        if found and (not nothing or rng.random() < 0.7):
             return found[rng.integers(len(found))]
         return nothing[rng.integers(len(nothing))] if nothing else None
 
