@@ -13,7 +13,6 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from captum_intramodal.adapter import ModelAdapter, Prompt
-from captum_intramodal.coordinates import PixelMaps
 from captum_intramodal.geometry import CODE_RASTERS, TokenGeometry, geometry_oracle
 from captum_intramodal.hooks import evaluation_mode
 from captum_intramodal.levels import find_sights, resize_pictures
@@ -216,7 +215,7 @@ def _check_scales(adapter: ModelAdapter, picture: Image.Image, prompt: Prompt) -
     sights, _ = find_sights(adapter, [picture], "auto", adapter.prepare([picture], prompt))
     worst, sizes = 1.0, {}
     for scale, sight in sights.items():
-        if isinstance(sight, PixelMaps):
+        if not isinstance(sight, TokenGeometry):
             return Check(
                 "scales", None, f"no tokens with a place; {', '.join(map(str, sights))} differ in their pixels"
             )

@@ -36,6 +36,7 @@ def explain(
     scale_weights: Sequence[float] | None = None,
     aggregation: Aggregation = "mean",
     arc: bool | Mapping[str, Any] | None = True,
+    crops: bool = False,
     video: bool = False,
     method: Method = "auto",
     layer: int = -1,
@@ -73,6 +74,10 @@ def explain(
                     :class:`~captum_intramodal.ActivationRankingCorrelation` (``k``, ``p``, ``weighting``, ...), None
                     or False for none.
                     Default: True
+        crops (bool, optional): Where the model sees nothing more of an enlarged picture, as those of a fixed input size
+                    do, show it cut-outs instead: 2 x 2 at scale 2, each in a pass of its own. Such levels have smaller
+                    tokens; what lies in a cut-out is seen without its surroundings.
+                    Default: False
         video (bool, optional): Whether the pictures are the frames of one video, sampled as the model expects them. The
                     explanation shows them as pictures in time; frames that the model merges have the same map.
                     Default: False
@@ -123,6 +128,7 @@ def explain(
             ranking.layers,
             max_new_tokens,
             method,
+            crops,
             progress or _silent,
         )
     kept = [level.scale for level in reading.levels]
@@ -165,6 +171,7 @@ def explain(
             "scales": kept,
             "dropped_scales": reading.dropped,
             "scale_weights": [round(w, 6) for w in weights.tolist()],
+            "crops": crops,
             "aggregation": aggregation,
             "method": "logit_lens" if isinstance(reading.levels[0], TokenLevel) else "input_x_gradient",
             "levels": [

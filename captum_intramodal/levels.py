@@ -2,10 +2,12 @@ r"""What one scale of the pictures shows: the text tokens' maps at visual tokens
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -25,6 +27,7 @@ __all__ = [
     "PixelLevel",
     "Scales",
     "TokenLevel",
+    "Windows",
     "find_sights",
     "input_x_gradient",
     "resize_pictures",
@@ -34,13 +37,54 @@ __all__ = [
 Method = Literal["auto", "logit_lens", "input_x_gradient"]
 METHODS: tuple[Method, ...] = ("auto", "logit_lens", "input_x_gradient")
 Scales = Sequence[float] | Literal["auto"]
-Sight = TokenGeometry | PixelMaps
 
 # What scales="auto" tries where the model sees nothing more of an enlarged picture.
 _REDUCTIONS = (0.75, 0.5)
 
 # Gradients at single pixels are noise; they are summed over cells, this many along the longer side.
 _CELLS = 24
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Overlapping cut-outs of the pictures, each of which the model sees in the place of its picture.
+
+    Attributes:
+        boxes (tuple): (picture, x0, y0, x1, y1) of each cut-out in whole pixels.
+        geometry (TokenGeometry): of the tokens of all cut-outs, one after another, in the frame of the originals;
+            tokens of the pictures that stand beside a cut-out have no box.
+    """
+
+    boxes: tuple[tuple[int, int, int, int, int], ...]
+    geometry: TokenGeometry
+
+    @classmethod
+    def of(cls, adapter: ModelAdapter, sizes: Sequence[tuple[int, int]], scale: float) -> Windows:
+        """As many as it takes, of one ``scale``-th of a picture's sides, evenly spread."""
+        steps = math.ceil(scale)
+        boxes, parts, images = [], [], []
+        for image, (width, height) in enumerate(sizes):
+            w, h = max(1, round(width / scale)), max(1, round(height / scale))
+            corners = [
+                (c * (width - w) // (steps - 1), r * (height - h) // (steps - 1)) for r, c in np.ndindex(steps, steps)
+            ]
+            for x, y in corners:
+                geometry = adapter.geometry([(w, h) if i == image else size for i, size in enumerate(sizes)])
+                own = geometry.is_local & geometry.sees(image)
+                boxes.append((image, x, y, x + w, y + h))
+                parts.append((geometry.boxes + torch.tensor([x, y, x, y])).masked_fill(~own[:, None], torch.nan))
+                images.append(torch.full((len(own),), image))
+        placed = torch.cat(parts)
+        kinds = tuple("separator" if nowhere else "local" for nowhere in placed.isnan().any(1).tolist())
+        return cls(tuple(boxes), TokenGeometry(placed, kinds, torch.cat(images), tuple(sizes)))
+
+    def show(self, pictures: Sequence[Image.Image]) -> Iterator[list[Image.Image]]:
+        """The pictures of each pass, one of them cut."""
+        for image, *box in self.boxes:
+            yield [p.crop((box[0], box[1], box[2], box[3])) if i == image else p for i, p in enumerate(pictures)]
+
+
+Sight = TokenGeometry | PixelMaps | Windows
 
 
 class Level(Protocol):
@@ -227,6 +271,7 @@ def find_sights(
     scales: Scales,
     inputs: Mapping[str, Any],
     method: Method = "auto",
+    crops: bool = False,
 ) -> tuple[dict[float, Sight], list[float]]:
     r"""
     What the model sees at each scale that shows it something of its own, and the scales that do not.
@@ -242,6 +287,8 @@ def find_sights(
                     ``'input_x_gradient'`` one per pixel element (:class:`PixelMaps`). ``'auto'``: the first where the
                     model has one.
                     Default: ``'auto'``
+        crops (bool, optional): Where the model sees nothing more of enlarged pictures, cut them (:class:`Windows`).
+                    Default: False
 
     Returns:
         tuple: sights by scale, and the scales that are left out.
@@ -256,22 +303,25 @@ def find_sights(
     kept: dict[float, Sight] = {}
     dropped: list[float] = []
     shrinks = _shrinks(inputs, pictures)
+    crops = crops and isinstance(original, TokenGeometry)
     auto = isinstance(scales, str)
     # Upwards from the original: an enlargement repeats whatever smaller one shows the same.
     for scale in _candidates(scales):
         if auto and scale < 1 and len(kept) >= len(DEFAULT_SCALES):
             break
         if shrinks and scale > 1:
-            dropped.append(scale)
-            continue
-        resized = [(max(1, round(width * scale)), max(1, round(height * scale))) for width, height in sizes]
-        sight = original if scale == 1.0 else see(resized)
-        # A reduction to the same tokens shows the picture without its high frequencies, which one may ask for.
-        twins = kept.values() if auto else [original, *kept.values()] if scale > 1 else []
-        if any(sight.shows_same(twin) for twin in twins):
-            dropped.append(scale)
+            sight: TokenGeometry | PixelMaps = original
         else:
+            resized = [(max(1, round(width * scale)), max(1, round(height * scale))) for width, height in sizes]
+            sight = original if scale == 1.0 else see(resized)
+        # A reduction to the same tokens shows the picture without its high frequencies, which one may ask for.
+        twins = [original, *kept.values()] if scale > 1 else kept.values() if auto else []
+        if not any(sight.shows_same(twin) for twin in twins):
             kept[scale] = sight
+        elif crops and scale > 1:
+            kept[scale] = Windows.of(adapter, sizes, scale)
+        else:
+            dropped.append(scale)
     # Where only enlargements were asked for and all repeat the original, that is what they show.
     return dict(sorted(kept.items())) or {1.0: original}, [] if auto else dropped
 
@@ -286,7 +336,7 @@ def _candidates(scales: Scales) -> list[float]:
 
 def _see(
     adapter: ModelAdapter, sizes: Sequence[tuple[int, int]], method: Method
-) -> tuple[Sight, Callable[[Sequence[tuple[int, int]]], Sight]]:
+) -> tuple[TokenGeometry | PixelMaps, Callable[[Sequence[tuple[int, int]]], TokenGeometry | PixelMaps]]:
     """The sight of the originals, and the function that gives it at other sizes."""
     if method != "input_x_gradient":
         try:

@@ -18,6 +18,7 @@ from captum_intramodal.levels import (
     PixelLevel,
     Scales,
     TokenLevel,
+    Windows,
     find_sights,
     resize_pictures,
     visual_states,
@@ -108,6 +109,7 @@ def read_answer(
     ranking_layers: Sequence[int] = (-1,),
     max_new_tokens: int = 128,
     method: Method = "auto",
+    crops: bool = False,
     report: Callable[[str], None] = lambda line: None,
 ) -> Reading:
     """Runs the model: generation where no answer is given, one teacher-forced pass, one pass per other scale."""
@@ -124,7 +126,7 @@ def read_answer(
     text = TextTokens.of(adapter, encoding, _shown_prompt(prompt))
 
     report("Finding out what the model sees of the pictures")
-    sights, dropped = find_sights(adapter, pictures, scales, prompt_inputs, method)
+    sights, dropped = find_sights(adapter, pictures, scales, prompt_inputs, method, crops)
 
     report(f"Reading the answer ({len(answer_ids)} tokens)")
     layers = select_layers(adapter.lens, [layer, *ranking_layers, -1])
@@ -144,6 +146,11 @@ def read_answer(
             levels.append(TokenLevel.of(adapter, scale, sight, visual[:seen], text.ids))
             continue
         report(f"Looking at scale {scale:g}")
+        if isinstance(sight, Windows):
+            cut = (adapter.prepare(shown, prompt) for shown in sight.show(pictures))
+            hidden = torch.cat([visual_states(adapter, inputs, layers[0]) for inputs in cut])
+            levels.append(TokenLevel.of(adapter, scale, sight.geometry, hidden, text.ids))
+            continue
         inputs = adapter.prepare(resize_pictures(pictures, sight.image_sizes), prompt)
         if isinstance(sight, TokenGeometry):
             levels.append(TokenLevel.of(adapter, scale, sight, visual_states(adapter, inputs, layers[0]), text.ids))

@@ -108,6 +108,42 @@ def test_auto_takes_levels_with_a_grid_of_their_own(
     assert len(set(grids)) == len(grids)
 
 
+def test_crops_show_parts_of_the_picture_larger() -> None:
+    model, processor = tiny("llava")
+    whole = picture(120, 120)
+    arguments = ("describe the picture", "a red dog")
+    result = explain(model, processor, whole, *arguments, scales=(2.0,), crops=True, arc=None)
+    assert result.settings["scales"] == [2.0] and result.settings["crops"]
+    (level,) = result.settings["levels"]
+    assert level["visual_tokens"] == 4 * 64 and level["token_size"] == pytest.approx([7.5, 7.5], abs=0.05)
+    # Each cut-out is explained as a picture of its own; away from the seams that is what the level shows there.
+    for row in (0, 1):
+        for column in (0, 1):
+            part = whole.crop((60 * column, 60 * row, 60 * column + 60, 60 * row + 60))
+            alone = explain(model, processor, part, *arguments, scales=(1.0,), arc=None).maps[0]
+            there = result.maps[0][:, 16 * row : 16 * row + 16, 16 * column : 16 * column + 16]
+            assert alone.shape[1:] == (16, 16)
+            torch.testing.assert_close(there[-3:, 2:-2, 2:-2], alone[-3:, 2:-2, 2:-2], atol=1e-4, rtol=1e-4)
+    both = explain(model, processor, whole, *arguments, scales=(1.0, 1.5, 2.0), crops=True)
+    assert both.settings["scales"] == [1.0, 1.5, 2.0]
+    assert [level["visual_tokens"] for level in both.settings["levels"]] == [64, 256, 256]
+
+
+def test_crops_only_where_enlarging_shows_nothing() -> None:
+    model, processor = tiny("qwen2_vl")
+    arguments = (model, processor, picture(), "describe the picture", "a dog")
+    cut, resized = explain(*arguments, scales=(1.0, 1.5), crops=True), explain(*arguments, scales=(1.0, 1.5))
+    assert torch.equal(cut.maps[0], resized.maps[0])
+
+
+def test_crops_of_one_of_two_pictures() -> None:
+    model, processor = tiny("llava")
+    pictures = [picture(120, 120), picture(90, 120)]
+    result = explain(model, processor, pictures, "describe the picture", "a dog", scales=(1.0, 2.0), crops=True)
+    assert result.settings["levels"][1]["visual_tokens"] == 8 * 128
+    assert all(bool(m.any()) and bool(m.isfinite().all()) for m in result.maps)
+
+
 def test_errors(monkeypatch: pytest.MonkeyPatch) -> None:
     model, processor = tiny("llava")
     arguments: Any = (model, processor, picture(), "describe the picture", "a dog")
