@@ -29,12 +29,18 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import typer
+from PIL import Image
 from tokenizers import Tokenizer, decoders, normalizers, pre_tokenizers
 from tokenizers.models import WordLevel
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from transformers import (
     GenerationConfig,
+    GotOcr2ImageProcessor,
+    InternVLConfig,
+    InternVLForConditionalGeneration,
+    InternVLProcessor,
+    InternVLVideoProcessor,
     PreTrainedTokenizerFast,
     Qwen2VLConfig,
     Qwen2VLForConditionalGeneration,
@@ -48,10 +54,17 @@ from captum_intramodal.demo.scenes import CLASSES, COLOURS, SPRITES, Question, c
 
 PATCH, MERGE = 16, 2
 TOKEN = PATCH * MERGE
-SPECIAL = (
-    "<pad>", "<unk>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>",
-    "<|video_pad|>",
-)  # fmt: skip
+SPECIAL = {
+    "qwen2_vl": (
+        "<pad>", "<unk>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>",
+        "<|video_pad|>",
+    ),
+    "internvl": (
+        "<pad>", "<unk>", "<|im_start|>", "<|im_end|>", "<img>", "</img>", "<IMG_CONTEXT>", "<video>",
+    ),
+}  # fmt: skip
+# The InternVL-type model sees every picture as one square tile of this side.
+TILE = 192
 WORDS = (
     "user assistant system describe the this picture image what is in do you see ? . , shows a an some and left right "
     "above below of there yes no nothing"
@@ -66,16 +79,24 @@ CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }} "
     "{% if message['content'] is string %}{{ message['content'] }}"
     "{% else %}{% for part in message['content'] %}"
-    "{% if part['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>"
-    "{% elif part['type'] == 'video' %}<|vision_start|><|video_pad|><|vision_end|>"
+    "{% if part['type'] == 'image' %}IMAGE"
+    "{% elif part['type'] == 'video' %}VIDEO"
     "{% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}"
     "<|im_end|>{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant {% endif %}"
 )
 MEAN, STD = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
 
 
-def build_tokenizer(classes: tuple[str, ...]) -> PreTrainedTokenizerFast:
-    vocabulary = {word: index for index, word in enumerate((*SPECIAL, *WORDS, *COLOURS, *classes))}
+def build_tokenizer(classes: tuple[str, ...], family: str = "qwen2_vl") -> PreTrainedTokenizerFast:
+    special = SPECIAL[family]
+    vocabulary = {word: index for index, word in enumerate((*special, *WORDS, *COLOURS, *classes))}
+    named = {}
+    if family == "internvl":
+        named = dict(
+            zip(
+                ("start_image_token", "end_image_token", "context_image_token", "video_token"), special[4:], strict=True
+            )
+        )
     tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.normalizer = normalizers.Lowercase()
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -85,10 +106,66 @@ def build_tokenizer(classes: tuple[str, ...]) -> PreTrainedTokenizerFast:
         pad_token="<pad>",
         unk_token="<unk>",
         eos_token="<|im_end|>",
-        additional_special_tokens=list(SPECIAL[2:]),
+        additional_special_tokens=list(special[2:]),
         model_max_length=4096,
         padding_side="left",
+        **named,
     )
+
+
+def build_internvl_processor(tokenizer: PreTrainedTokenizerFast) -> InternVLProcessor:
+    shared: dict[str, Any] = dict(
+        size={"height": TILE, "width": TILE}, crop_to_patches=False, image_mean=list(MEAN), image_std=list(STD)
+    )
+    return InternVLProcessor(
+        image_processor=GotOcr2ImageProcessor(**shared),
+        tokenizer=tokenizer,
+        video_processor=InternVLVideoProcessor(size={"height": TILE, "width": TILE}),
+        image_seq_length=(TILE // TOKEN) ** 2,
+        chat_template=CHAT_TEMPLATE.replace("IMAGE", "<IMG_CONTEXT>").replace("VIDEO", "<video>"),
+    )
+
+
+def build_internvl(tokenizer: PreTrainedTokenizerFast) -> InternVLForConditionalGeneration:
+    token = tokenizer.convert_tokens_to_ids
+    config = InternVLConfig(
+        text_config=dict(
+            model_type="qwen2",
+            vocab_size=len(tokenizer),
+            hidden_size=192,
+            intermediate_size=512,
+            num_hidden_layers=4,
+            num_attention_heads=6,
+            num_key_value_heads=3,
+            max_position_embeddings=4096,
+            bos_token_id=None,
+            eos_token_id=token("<|im_end|>"),
+            pad_token_id=token("<pad>"),
+            tie_word_embeddings=True,
+        ),
+        vision_config=dict(
+            model_type="internvl_vision",
+            hidden_size=128,
+            intermediate_size=512,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            image_size=TILE,
+            patch_size=PATCH,
+            layer_scale_init_value=1.0,
+            use_mean_pooling=True,
+        ),
+        image_token_id=token("<IMG_CONTEXT>"),
+        image_seq_length=(TILE // TOKEN) ** 2,
+        downsample_ratio=1 / MERGE,
+        tie_word_embeddings=True,
+    )
+    config._attn_implementation = "eager"
+    model = InternVLForConditionalGeneration(config)
+    with torch.no_grad():
+        weight = model.model.vision_tower.embeddings.patch_embeddings.projection.weight
+        coarse = torch.randn(*weight.shape[:2], PATCH // 4, PATCH // 4) * 0.05
+        weight.copy_(F.interpolate(coarse, size=(PATCH, PATCH), mode="nearest") / 4)
+    return model
 
 
 def build_processor(tokenizer: PreTrainedTokenizerFast) -> Qwen2VLProcessor:
@@ -104,7 +181,9 @@ def build_processor(tokenizer: PreTrainedTokenizerFast) -> Qwen2VLProcessor:
         image_processor=Qwen2VLImageProcessor(**shared),
         tokenizer=tokenizer,
         video_processor=Qwen2VLVideoProcessor(**shared),
-        chat_template=CHAT_TEMPLATE,
+        chat_template=CHAT_TEMPLATE.replace("IMAGE", "<|vision_start|><|image_pad|><|vision_end|>").replace(
+            "VIDEO", "<|vision_start|><|video_pad|><|vision_end|>"
+        ),
     )
 
 
@@ -145,9 +224,6 @@ def build_model(tokenizer: PreTrainedTokenizerFast) -> Qwen2VLForConditionalGene
     # Eager: on CPU the backward pass of fused bf16 attention takes as long as all the rest together.
     config._attn_implementation = "eager"
     model = Qwen2VLForConditionalGeneration(config)
-    model.generation_config = GenerationConfig(
-        eos_token_id=token("<|im_end|>"), pad_token_id=token("<pad>"), max_new_tokens=48, do_sample=False
-    )
     with torch.no_grad():
         # Start from low-frequency patch filters: those of half-size patches, enlarged.
         weight = model.model.visual.patch_embed.proj.weight
@@ -159,8 +235,10 @@ def build_model(tokenizer: PreTrainedTokenizerFast) -> Qwen2VLForConditionalGene
 class Batches(Dataset[dict[str, Tensor]]):
     """One item is one training batch, a function of ``(seed, step)`` alone."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, world: str, seed: int, steps: int) -> None:
-        self.tokenizer, self.seed, self.steps = tokenizer, seed, steps
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerFast, world: str, seed: int, steps: int, family: str = "qwen2_vl"
+    ) -> None:
+        self.tokenizer, self.seed, self.steps, self.family = tokenizer, seed, steps, family
         self.classes, self.sprites = WORLDS[world]
         self.words = [*self.classes, *COLOURS]
         self.word_index = {word: index for index, word in enumerate(self.words)}
@@ -194,10 +272,15 @@ class Batches(Dataset[dict[str, Tensor]]):
         rng = np.random.default_rng((self.seed, step))
         batch, (columns, rows), count = self._layout(rng, step / self.steps)
         size = (columns * TOKEN, rows * TOKEN)
+        shown = size
+        if self.family == "internvl":
+            columns = rows = TILE // TOKEN
+            shown = (TILE, TILE)
         image_tokens = columns * rows
-        head = self.tokenizer("<|im_start|>user<|vision_start|>")["input_ids"]
-        tail = self.tokenizer("<|vision_end|>")["input_ids"]
-        image_id = self.tokenizer.convert_tokens_to_ids("<|image_pad|>")
+        start, end, image = SPECIAL[self.family][4:7]
+        head = self.tokenizer(f"<|im_start|>user{start}")["input_ids"]
+        tail = self.tokenizer(end)["input_ids"]
+        image_id = self.tokenizer.convert_tokens_to_ids(image)
         prefix = head + [image_id] * image_tokens + tail
         after = len(head) + max(columns, rows)
         grid_h, grid_w = np.divmod(np.arange(image_tokens), columns)
@@ -209,13 +292,16 @@ class Batches(Dataset[dict[str, Tensor]]):
             ],
             axis=1,
         )
+        if self.family == "internvl":  # One position after another.
+            after = len(head) + image_tokens
+            prefix_positions = np.tile(np.arange(after + 1), (3, 1))
         rows_out = []
-        pixels = np.empty((batch, size[1], size[0], 3), np.uint8)
+        pixels = np.empty((batch, shown[1], shown[0], 3), np.uint8)
         present = np.zeros((batch, len(self.words)), np.float32)
         for index in range(batch):
             # Held-out scenes have seeds below 2**32; these lie above.
             scene = compose(int(rng.integers(2**32, 2**62)), size, count, self.classes, self.sprites)
-            pixels[index] = np.asarray(scene.image)
+            pixels[index] = np.asarray(scene.image.resize(shown, Image.Resampling.BICUBIC))
             for item in scene.objects:
                 present[index, self.word_index[item.name]] = 1
                 if item.colour:
@@ -298,19 +384,27 @@ def speed_up_vision(model: Qwen2VLForConditionalGeneration) -> None:
     model.model.visual.patch_embed.forward = MethodType(embed, model.model.visual.patch_embed)
 
 
-def losses(model: Qwen2VLForConditionalGeneration, batch: dict[str, Tensor], words: Tensor) -> tuple[Tensor, Tensor]:
-    pixel_values, grid = patchify(batch["pixels"])
+def losses(model: Any, batch: dict[str, Tensor], words: Tensor) -> tuple[Tensor, Tensor]:
     ids = batch["input_ids"]
     image = ids == model.config.image_token_id
-    with torch.autocast("cpu", torch.bfloat16):
-        hidden = model.model(
-            input_ids=ids,
+    inputs: dict[str, Any]
+    if model.config.model_type == "internvl":
+        pictures = (batch["pixels"].permute(0, 3, 1, 2) / 255 - MEAN[0]) / STD[0]
+        inputs = dict(pixel_values=pictures, position_ids=batch["positions"][0])
+    else:
+        pixel_values, grid = patchify(batch["pixels"])
+        inputs = dict(
             pixel_values=pixel_values,
             image_grid_thw=grid,
             mm_token_type_ids=image.long(),
             position_ids=batch["positions"],
+        )
+    with torch.autocast("cpu", torch.bfloat16):
+        hidden = model.model(
+            input_ids=ids,
             attention_mask={"full_attention": attention_mask(batch["segments"])},
             use_cache=False,
+            **inputs,
         ).last_hidden_state
     hidden = hidden.float()
     weight = model.lm_head.weight
@@ -329,7 +423,11 @@ def save_atomically(state: dict[str, Any], path: Path) -> None:
     partial.replace(path)
 
 
-def export(model: Qwen2VLForConditionalGeneration, processor: Qwen2VLProcessor, out: Path) -> None:
+def export(model: Any, processor: Any, out: Path) -> None:
+    token = processor.tokenizer.convert_tokens_to_ids
+    model.generation_config = GenerationConfig(
+        eos_token_id=token("<|im_end|>"), pad_token_id=token("<pad>"), max_new_tokens=48, do_sample=False
+    )
     out.mkdir(parents=True, exist_ok=True)
     for module in model.modules():
         module.__dict__.pop("forward", None)
@@ -343,6 +441,9 @@ def train(
     world: Annotated[
         str, typer.Option(help="'demo', or 'other': unseen words and sprites, same architecture.")
     ] = "demo",
+    family: Annotated[
+        str, typer.Option(help="'qwen2_vl' (the demo), or 'internvl': pictures of a fixed size.")
+    ] = "qwen2_vl",
     start_from: Annotated[Path | None, typer.Option(help="Begin with the weights of an exported checkpoint.")] = None,
     steps: int = 9000,
     learning_rate: float = 1.5e-3,
@@ -357,10 +458,14 @@ def train(
     torch.set_num_threads(threads)
     torch.manual_seed(seed)
     work.mkdir(parents=True, exist_ok=True)
-    tokenizer = build_tokenizer(WORLDS[world][0])
-    processor = build_processor(tokenizer)
-    model = build_model(tokenizer)
-    speed_up_vision(model)
+    tokenizer = build_tokenizer(WORLDS[world][0], family)
+    processor: Any
+    model: Any
+    if family == "internvl":
+        processor, model = build_internvl_processor(tokenizer), build_internvl(tokenizer)
+    else:
+        processor, model = build_processor(tokenizer), build_model(tokenizer)
+        speed_up_vision(model)
     decay = [p for p in model.parameters() if p.ndim > 1]
     plain = [p for p in model.parameters() if p.ndim <= 1]
     optimizer = torch.optim.AdamW(
@@ -375,9 +480,7 @@ def train(
 
     start, checkpoint = 0, work / "checkpoint.pt"
     if start_from is not None and not checkpoint.exists():
-        model.load_state_dict(
-            Qwen2VLForConditionalGeneration.from_pretrained(start_from, dtype=torch.float32).state_dict()
-        )
+        model.load_state_dict(type(model).from_pretrained(start_from, dtype=torch.float32).state_dict())
     if checkpoint.exists():
         state = torch.load(checkpoint, weights_only=True)
         model.load_state_dict(state["model"])
@@ -388,7 +491,7 @@ def train(
     for group in optimizer.param_groups:
         group["initial_lr"] = learning_rate
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate, last_epoch=start - 1)
-    data = Batches(tokenizer, world, seed, steps)
+    data = Batches(tokenizer, world, seed, steps, family)
     words = torch.tensor(tokenizer.convert_tokens_to_ids(data.words))
     end = min(steps, start + stop_after) if stop_after else steps
     loader = DataLoader(
