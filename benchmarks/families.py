@@ -136,9 +136,10 @@ def cells(row: dict[str, Any]) -> list[str]:
 
 def markdown(rows: list[dict[str, Any]]) -> str:
     ran = [row for row in rows if "method" in row]
-    oracles = [row["checks"]["geometry"]["oracle"] for row in ran if "oracle" in row["checks"].get("geometry", {})]
+    checks = [row.get("checks", {}) for row in ran]
+    oracles = [c["geometry"]["oracle"] for c in checks if "oracle" in c.get("geometry", {})]
     right = sum(rate >= 0.97 for rate in oracles)
-    tails = [row["checks"]["logit lens"].get("tail") for row in ran if "checks" in row]
+    tails = [c["logit lens"].get("tail") for c in checks if c]
     lines = [
         f"`explain` runs on {len(ran)} of {len(rows)} model types of transformers {transformers.__version__}; "
         f"{sum(row['method'] == 'logit_lens' for row in ran)} by the logit lens at visual tokens, the others by their "

@@ -132,11 +132,11 @@ class ModelAdapter:
         placeholder = getattr(self.processor, "image_token", None) or "<image>"
         return f"{placeholder * n_images}{prompt}"
 
-    def prepare(self, images: Sequence[Image.Image | Tensor], prompt: Prompt, **options: Any) -> dict[str, Any]:
+    def prepare(self, images: Sequence[Image.Image | Tensor], prompt: Prompt) -> dict[str, Any]:
         """Model inputs for a prompt about pictures, as the processor makes them, on the model's device."""
         text = self.prompt_text(prompt, len(images))
         bos = self.tokenizer.bos_token
-        extra = {**options, **({"add_special_tokens": False} if bos and text.startswith(bos) else {})}
+        extra = {"add_special_tokens": False} if bos and text.startswith(bos) else {}
         if "mm_token_type_ids" in signature(self.model.forward).parameters:
             extra["return_mm_token_type_ids"] = True
         if self.video:

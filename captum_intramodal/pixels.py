@@ -49,12 +49,14 @@ class PixelForward(nn.Module):
 
     def inputs(self, picture: Tensor) -> dict[str, Any]:
         """The model's inputs for a picture, (3, height, width) in [0, 1]: differentiable pixels, and the text."""
+        # In the range of ordinary pictures, in which processors also give the colour of their padding.
+        scaled = picture * 255
         try:
-            inputs = self.adapter.prepare([picture], self.prompt, do_rescale=False)
+            inputs = self.adapter.prepare([scaled], self.prompt)
         except (TypeError, ValueError):
             # Idefics2's processor takes only PIL pictures, its image processor tensors as well.
             blank = Image.new("RGB", (picture.shape[2], picture.shape[1]), "gray")
-            pixels = self.adapter.processor.image_processor(images=[picture], do_rescale=False, return_tensors="pt")
+            pixels = self.adapter.processor.image_processor(images=[scaled], return_tensors="pt")
             inputs = self.adapter.prepare([blank], self.prompt)
             inputs |= {key: value.to(self.adapter.device) for key, value in pixels.items() if key in inputs}
         followed = any(isinstance(value, Tensor) and value.requires_grad for value in inputs.values())

@@ -775,8 +775,11 @@ def _processor(model_type: str, row: Family, config: Any) -> Any:
         setattr(processor, name, value)
     token = str(getattr(processor, "image_token", "<image>"))
     image = token if row.placeholder is None else row.placeholder
-    video = getattr(processor, "video_token", None) or "<video>"
-    processor.chat_template = tiny.chat_template(image, image.replace(token, video) if token in image else video)
+    video = str(getattr(processor, "video_token", None) or "<video>")
+    # Between two pictures stands a sign, as in real templates; some models tell pictures apart by it.
+    processor.chat_template = tiny.chat_template(
+        f"{image} ," if image else image, image.replace(token, video) if token in image else video
+    )
     return processor
 
 
