@@ -136,15 +136,15 @@ class ModelAdapter:
         """Model inputs for a prompt about pictures, as the processor makes them, on the model's device."""
         text = self.prompt_text(prompt, len(images))
         bos = self.tokenizer.bos_token
-        extra = {"add_special_tokens": False} if bos and text.startswith(bos) else {}
+        extra: dict[str, Any] = {"add_special_tokens": False} if bos and text.startswith(bos) else {}
         if "mm_token_type_ids" in signature(self.model.forward).parameters:
             extra["return_mm_token_type_ids"] = True
         if self.video:
-            frames = torch.stack([_channels_first(frame) for frame in images])
-            batch = self.processor(videos=[frames], text=[text], do_sample_frames=False, return_tensors="pt", **extra)
-            return {key: value.to(self.device) if isinstance(value, Tensor) else value for key, value in batch.items()}
-        pictures = [list(images)] if self.model.config.model_type in NESTED_IMAGES else list(images)
-        batch = self.processor(images=pictures, text=[text], return_tensors="pt", **extra)
+            extra |= {"videos": [torch.stack([_channels_first(frame) for frame in images])], "do_sample_frames": False}
+        else:
+            nested = self.model.config.model_type in NESTED_IMAGES
+            extra["images"] = [list(images)] if nested else list(images)
+        batch = self.processor(text=[text], return_tensors="pt", **extra)
         inputs = {key: value.to(self.device) if isinstance(value, Tensor) else value for key, value in batch.items()}
         inputs.pop("labels", None)
         return self._begin_decoding(inputs) if self.is_encoder_decoder else inputs

@@ -174,6 +174,26 @@ def test_messages_as_prompt(qwen: tuple[Any, Any]) -> None:
     assert as_messages.prompt == "describe the picture"
 
 
+def test_a_system_prompt_and_several_turns(qwen: tuple[Any, Any]) -> None:
+    model, processor = qwen
+    messages = [
+        {"role": "system", "content": [{"type": "text", "text": "the user is a person"}]},
+        {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "what is in the picture"}]},
+        {"role": "assistant", "content": [{"type": "text", "text": "a cat ."}]},
+        {"role": "user", "content": [{"type": "text", "text": "describe the cat"}]},
+    ]
+    result = explain(model, processor, picture(), messages, "a red cat", scales=(1.0,))
+    # Shown is the last question; all that was read is context.
+    assert result.prompt == "describe the cat" and result.answer == "a red cat"
+    assert [word.text for word in result.words] == ["a", "red", "cat"]
+    adapter = ModelAdapter(model, processor)
+    encoding = adapter.encode(adapter.prepare([picture()], messages), adapter.tokenize_answer("a red cat"))
+    with torch.no_grad():
+        probabilities = model(**encoding.inputs).logits[0, -4:-1].softmax(-1)
+    expected = probabilities.gather(1, encoding.input_ids[-3:, None])[:, 0]
+    torch.testing.assert_close(result.probabilities, expected, atol=1e-5, rtol=1e-4)
+
+
 def test_answer_as_ids(qwen: tuple[Any, Any]) -> None:
     model, processor = qwen
     ids = processor.tokenizer("a dog", add_special_tokens=False)["input_ids"]
