@@ -24,7 +24,7 @@ from captum_intramodal.geometry import (
 )
 from captum_intramodal.logit_lens import LogitLens
 
-__all__ = ["Encoding", "ModelAdapter"]
+__all__ = ["Encoding", "ModelAdapter", "check_images"]
 
 # Model types whose processor takes one list of pictures per prompt.
 NESTED_IMAGES = ("idefics",)
@@ -140,6 +140,8 @@ class ModelAdapter:
         if "mm_token_type_ids" in signature(self.model.forward).parameters:
             extra["return_mm_token_type_ids"] = True
         if self.video:
+            if len(sizes := {frame.shape[1:] if isinstance(frame, Tensor) else frame.size for frame in images}) > 1:
+                raise ValueError(f"The frames of a video must have one size, got {sorted(map(tuple, sizes))}.")
             extra |= {"videos": [torch.stack([_channels_first(frame) for frame in images])], "do_sample_frames": False}
         else:
             nested = self.model.config.model_type in NESTED_IMAGES
@@ -307,6 +309,17 @@ class ModelAdapter:
         return cached_pixels(
             self.model, self.processor, lambda images: self.prepare(images, "describe"), tuple(image_sizes), self.video
         )
+
+
+def check_images(images: Any) -> list[Image.Image]:
+    """One or several PIL pictures, in RGB."""
+    pictures = [images] if isinstance(images, Image.Image) else list(images)
+    if not pictures or not all(isinstance(picture, Image.Image) for picture in pictures):
+        raise TypeError(
+            f"images must be one or several PIL images, got {[type(p).__name__ for p in pictures] or 'none'}; "
+            "open a file with PIL.Image.open(path)."
+        )
+    return [picture.convert("RGB") for picture in pictures]
 
 
 def _channels_first(frame: Image.Image | Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from captum_intramodal.adapter import ModelAdapter, Prompt
+from captum_intramodal.adapter import ModelAdapter, Prompt, check_images
 from captum_intramodal.geometry import CODE_RASTERS, TokenGeometry, geometry_oracle
 from captum_intramodal.hooks import evaluation_mode
 from captum_intramodal.levels import find_sights, resize_pictures
@@ -100,7 +100,8 @@ def check(
         CheckReport: prints as a table; ``report.passed`` and ``report["geometry"]`` in code.
 
     Raises:
-        TypeError: not an image-text-to-text model and its processor.
+        TypeError: not an image-text-to-text model and its processor, or not a picture.
+        ValueError: an empty prompt.
 
     Examples::
 
@@ -110,7 +111,8 @@ def check(
         True
     """
     adapter = ModelAdapter(model, processor)
-    picture = (_smooth_picture(SIZE) if image is None else image).convert("RGB")
+    (picture,) = check_images(_smooth_picture(SIZE) if image is None else image)
+    adapter.prompt_text(prompt, 1)
     steps: dict[str, Callable[[ModelAdapter, Image.Image, Prompt], Check]] = {
         "geometry": _check_geometry,
         "logit lens": _check_lens,

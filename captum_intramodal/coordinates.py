@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-__all__ = ["PixelMap", "PixelMaps", "Prepare", "Size", "measure_pixels"]
+__all__ = ["PixelMap", "PixelMaps", "Prepare", "Size", "check_sizes", "measure_pixels"]
 
 Prepare = Callable[[list[Image.Image]], Mapping[str, Any]]
 Size = tuple[int, int]
@@ -194,6 +194,14 @@ def _numbered_patches(patches: Tensor, sizes: Sequence[Size]) -> PixelMap:
     )
 
 
+def check_sizes(image_sizes: Sequence[Size]) -> tuple[Size, ...]:
+    """(width, height) of at least one picture, each at least one pixel."""
+    sizes = tuple((int(width), int(height)) for width, height in image_sizes)
+    if not sizes or any(min(size) < 1 for size in sizes):
+        raise ValueError(f"image_sizes must hold the (width, height) of at least one picture, got {list(image_sizes)}.")
+    return sizes
+
+
 def measure_pixels(prepare: Prepare, sizes: Sequence[Size]) -> dict[str, PixelMap]:
     r"""
     Measures what every element of every float tensor that the processor makes of pictures samples, by running the
@@ -209,8 +217,8 @@ def measure_pixels(prepare: Prepare, sizes: Sequence[Size]) -> dict[str, PixelMa
             By the tensor's name among the inputs; tensors that do not follow the pictures are left out.
 
     Raises:
-        ValueError: the tensors' shapes depend on what the pictures show, or their values do not follow brightness
-            linearly, as where a processor normalises each picture by its own contrast.
+        ValueError: no picture; the tensors' shapes depend on what the pictures show, or their values do not follow
+            brightness linearly, as where a processor normalises each picture by its own contrast.
 
     Examples::
 
@@ -218,6 +226,7 @@ def measure_pixels(prepare: Prepare, sizes: Sequence[Size]) -> dict[str, PixelMa
         >>> pixels = measure_pixels(prepare, [(320, 224)])["pixel_values"]
         >>> mask = pixels.feature_mask([segmentation])       # int64, of the shape of pixel_values
     """
+    sizes = check_sizes(sizes)
 
     def constant(levels: Sequence[float]) -> dict[str, Tensor]:
         pictures = [_gray(np.full(h, v), np.zeros(w)) for (w, h), v in zip(sizes, levels, strict=True)]

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from captum_intramodal._version import __version__
-from captum_intramodal.adapter import ModelAdapter, Prompt
+from captum_intramodal.adapter import ModelAdapter, Prompt, check_images
 from captum_intramodal.arc import ARC, ContextRelevance
 from captum_intramodal.explanation import Explanation
 from captum_intramodal.hooks import evaluation_mode
@@ -107,7 +107,7 @@ def explain(
     """
     adapter = ModelAdapter(model, processor, video)
     model = adapter.model
-    pictures = _check_images(images)
+    pictures = check_images(images)
     weight_of: dict[float, float] = {}
     if not isinstance(scales, str):
         scales = check_scales(scales)
@@ -194,16 +194,6 @@ def suppress_together(arc: ARC, maps: Sequence[Tensor], context: ContextRelevanc
     flat = arc.suppress(torch.cat([m.flatten(1) for m in maps], dim=1), context)
     parts = flat.split([m[0].numel() for m in maps], dim=1)
     return [part.reshape(m.shape) for part, m in zip(parts, maps, strict=True)]
-
-
-def _check_images(images: Any) -> list[Image.Image]:
-    pictures = [images] if isinstance(images, Image.Image) else list(images)
-    if not pictures or not all(isinstance(picture, Image.Image) for picture in pictures):
-        raise TypeError(
-            f"images must be one or several PIL images, got {[type(p).__name__ for p in pictures] or 'none'}; "
-            "open a file with PIL.Image.open(path)."
-        )
-    return [picture.convert("RGB") for picture in pictures]
 
 
 def _silent(line: str) -> None:

@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from torch.ao.nn.quantized.dynamic import Linear as DynamicQuantizedLinear
 from transformers import PreTrainedModel
 
-from captum_intramodal.coordinates import PixelMap, PixelMaps, Prepare, Size, measure_pixels
+from captum_intramodal.coordinates import PixelMap, PixelMaps, Prepare, Size, check_sizes, measure_pixels
 from captum_intramodal.decoder import decoder_layers, input_device
 from captum_intramodal.hooks import evaluation_mode, hidden_rows
 
@@ -627,13 +627,6 @@ def _code_raster(pixels: Mapping[str, PixelMap], sizes: tuple[Size, ...], n_toke
     return TokenGeometry(boxes, kinds, torch.arange(n_images).repeat_interleave(per_image), sizes)
 
 
-def _checked_sizes(image_sizes: Sequence[Size]) -> tuple[Size, ...]:
-    sizes = tuple((int(width), int(height)) for width, height in image_sizes)
-    if not sizes or any(min(size) < 1 for size in sizes):
-        raise ValueError(f"image_sizes must hold the (width, height) of at least one picture, got {list(image_sizes)}.")
-    return sizes
-
-
 def _reduced_sizes(prepare: Prepare, sizes: tuple[Size, ...]) -> tuple[Size, ...]:
     """Smaller sizes with the same geometry: the processor makes tensors of the same shapes, and still shrinks them."""
     n_pixels = sum(width * height for width, height in sizes)
@@ -701,7 +694,7 @@ def measure_geometry(model: PreTrainedModel, prepare: Prepare, image_sizes: Sequ
         >>> geometry.boxes.shape, geometry.coverage()
         (torch.Size([322, 4]), (0.0, 0.0, 640.0, 400.0))
     """
-    sizes = _checked_sizes(image_sizes)
+    sizes = check_sizes(image_sizes)
     smaller = _reduced_sizes(prepare, sizes)
     if smaller != sizes:
         geometry = measure_geometry(model, prepare, smaller)
@@ -788,7 +781,7 @@ def geometry_key(model: PreTrainedModel, processor: Any, image_sizes: Sequence[S
     image_processor = _settings(getattr(processor, "image_processor", None))
     parts = [type(model).__qualname__, config, type(processor).__qualname__, own, image_processor]
     parts.append(_settings(getattr(processor, "video_processor", None)) if video else None)
-    return json.dumps([*parts, _checked_sizes(image_sizes)], sort_keys=True, default=repr)
+    return json.dumps([*parts, check_sizes(image_sizes)], sort_keys=True, default=repr)
 
 
 def cached_geometry(
@@ -817,7 +810,7 @@ def cached_pixels(
     model: PreTrainedModel, processor: Any, prepare: Prepare, image_sizes: Sequence[Size], video: bool = False
 ) -> PixelMaps:
     """As :func:`~captum_intramodal.coordinates.measure_pixels`, measured once for every :func:`geometry_key`."""
-    sizes = _checked_sizes(image_sizes)
+    sizes = check_sizes(image_sizes)
     key = ("pixels", geometry_key(model, processor, sizes, video))
     return cast(PixelMaps, _cached(key, lambda: PixelMaps(measure_pixels(prepare, sizes), sizes)))
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal, get_args
 
 import torch
@@ -25,6 +25,8 @@ AGGREGATIONS: tuple[str, ...] = get_args(Aggregation)
 
 def check_scales(scales: Sequence[float]) -> tuple[float, ...]:
     """Scales as a tuple of positive finite numbers, each once."""
+    if not isinstance(scales, Iterable):
+        raise TypeError(f"scales must be a sequence of factors such as (1, 1.5, 2), got {scales!r}.")
     result = tuple(float(scale) for scale in scales)
     if not result:
         raise ValueError("scales is empty; pass at least one, such as (1.0,).")

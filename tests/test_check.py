@@ -34,6 +34,16 @@ def test_the_model_is_left_as_it_was() -> None:
     assert not any(parameter.requires_grad for parameter in model.parameters())
 
 
+def test_misuse() -> None:
+    model, processor = tiny("llava")
+    with pytest.raises(TypeError, match="PIL images"):
+        check(model, processor, "picture.png")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="prompt is empty"):
+        check(model, processor, prompt=" ")
+    with pytest.raises(TypeError, match="generates text"):
+        check("model", processor)  # type: ignore[arg-type]
+
+
 def test_geometry_that_follows_the_content_fails() -> None:
     model, processor = tiny("llava")
     inner = processor.image_processor

@@ -104,5 +104,7 @@ def test_errors() -> None:
         pixels.feature_mask([torch.zeros(3, 2, dtype=torch.int64)])
     with pytest.raises(ValueError, match="counted from 0"):
         pixels.feature_mask([torch.full((2, 2), -1)])
+    with pytest.raises(ValueError, match="at least one picture"):
+        measure_pixels(lambda images: {}, [])
     with pytest.raises(ValueError, match="Attributions of shape"):
         pixels.fold(torch.zeros(3), (1, 2))

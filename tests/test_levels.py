@@ -154,6 +154,8 @@ def test_errors(monkeypatch: pytest.MonkeyPatch) -> None:
 
     with pytest.raises(ValueError, match="'auto' or a sequence"):
         explain(*arguments, scales="all")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="sequence of factors"):
+        explain(*arguments, scales=1.5)
     with pytest.raises(ValueError, match="scale_weights need the scales"):
         explain(*arguments, scale_weights=(1, 2))
 

@@ -61,6 +61,12 @@ def test_frames_are_not_the_same_prompt_as_pictures() -> None:
     assert torch.equal(as_video.maps[0], as_video.maps[1])
 
 
+def test_frames_of_different_sizes() -> None:
+    model, processor = tiny("qwen2_vl")
+    with pytest.raises(ValueError, match=r"one size, got \[\(60, 60\), \(160, 120\)\]"):
+        explain(model, processor, [frames(1)[0], Image.new("RGB", (60, 60))], "describe", "a dog", video=True)
+
+
 def test_a_model_without_videos() -> None:
     model, processor = tiny("llava")
     with pytest.raises(ValueError, match="takes no videos"):
