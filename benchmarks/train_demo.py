@@ -113,6 +113,31 @@ def build_tokenizer(classes: tuple[str, ...], family: str = "qwen2_vl") -> PreTr
     )
 
 
+def text_config(tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
+    token = tokenizer.convert_tokens_to_ids
+    return dict(
+        vocab_size=len(tokenizer),
+        hidden_size=192,
+        intermediate_size=512,
+        num_hidden_layers=4,
+        num_attention_heads=6,
+        num_key_value_heads=3,
+        max_position_embeddings=4096,
+        bos_token_id=None,
+        eos_token_id=token("<|im_end|>"),
+        pad_token_id=token("<pad>"),
+        tie_word_embeddings=True,
+    )
+
+
+@torch.no_grad()
+def coarsen_filters(weight: Tensor) -> None:
+    """Starts from low-frequency patch filters: those of a quarter of the patches' side, enlarged."""
+    coarse = torch.randn(*weight.shape[:2], PATCH // 4, PATCH // 4) * 0.05
+    fine = F.interpolate(coarse, size=(PATCH, PATCH), mode="nearest") / 4
+    weight.copy_(fine.unsqueeze(2).expand_as(weight) if weight.ndim == 5 else fine)
+
+
 def build_internvl_processor(tokenizer: PreTrainedTokenizerFast) -> InternVLProcessor:
     shared: dict[str, Any] = dict(
         size={"height": TILE, "width": TILE}, crop_to_patches=False, image_mean=list(MEAN), image_std=list(STD)
@@ -129,20 +154,7 @@ def build_internvl_processor(tokenizer: PreTrainedTokenizerFast) -> InternVLProc
 def build_internvl(tokenizer: PreTrainedTokenizerFast) -> InternVLForConditionalGeneration:
     token = tokenizer.convert_tokens_to_ids
     config = InternVLConfig(
-        text_config=dict(
-            model_type="qwen2",
-            vocab_size=len(tokenizer),
-            hidden_size=192,
-            intermediate_size=512,
-            num_hidden_layers=4,
-            num_attention_heads=6,
-            num_key_value_heads=3,
-            max_position_embeddings=4096,
-            bos_token_id=None,
-            eos_token_id=token("<|im_end|>"),
-            pad_token_id=token("<pad>"),
-            tie_word_embeddings=True,
-        ),
+        text_config=dict(model_type="qwen2", **text_config(tokenizer)),
         vision_config=dict(
             model_type="internvl_vision",
             hidden_size=128,
@@ -161,10 +173,7 @@ def build_internvl(tokenizer: PreTrainedTokenizerFast) -> InternVLForConditional
     )
     config._attn_implementation = "eager"
     model = InternVLForConditionalGeneration(config)
-    with torch.no_grad():
-        weight = model.model.vision_tower.embeddings.patch_embeddings.projection.weight
-        coarse = torch.randn(*weight.shape[:2], PATCH // 4, PATCH // 4) * 0.05
-        weight.copy_(F.interpolate(coarse, size=(PATCH, PATCH), mode="nearest") / 4)
+    coarsen_filters(model.model.vision_tower.embeddings.patch_embeddings.projection.weight)
     return model
 
 
@@ -189,20 +198,7 @@ def build_processor(tokenizer: PreTrainedTokenizerFast) -> Qwen2VLProcessor:
 
 def build_model(tokenizer: PreTrainedTokenizerFast) -> Qwen2VLForConditionalGeneration:
     token = tokenizer.convert_tokens_to_ids
-    text = dict(
-        vocab_size=len(tokenizer),
-        hidden_size=192,
-        intermediate_size=512,
-        num_hidden_layers=4,
-        num_attention_heads=6,
-        num_key_value_heads=3,
-        max_position_embeddings=4096,
-        rope_parameters={"rope_type": "default", "rope_theta": 20.0, "mrope_section": [4, 6, 6]},
-        bos_token_id=None,
-        eos_token_id=token("<|im_end|>"),
-        pad_token_id=token("<pad>"),
-        tie_word_embeddings=True,
-    )
+    rope = {"rope_type": "default", "rope_theta": 20.0, "mrope_section": [4, 6, 6]}
     vision = dict(
         depth=4,
         embed_dim=128,
@@ -213,7 +209,7 @@ def build_model(tokenizer: PreTrainedTokenizerFast) -> Qwen2VLForConditionalGene
         temporal_patch_size=2,
     )
     config = Qwen2VLConfig(
-        text_config=text,
+        text_config=dict(rope_parameters=rope, **text_config(tokenizer)),
         vision_config=vision,
         image_token_id=token("<|image_pad|>"),
         video_token_id=token("<|video_pad|>"),
@@ -224,11 +220,7 @@ def build_model(tokenizer: PreTrainedTokenizerFast) -> Qwen2VLForConditionalGene
     # Eager: on CPU the backward pass of fused bf16 attention takes as long as all the rest together.
     config._attn_implementation = "eager"
     model = Qwen2VLForConditionalGeneration(config)
-    with torch.no_grad():
-        # Start from low-frequency patch filters: those of half-size patches, enlarged.
-        weight = model.model.visual.patch_embed.proj.weight
-        coarse = torch.randn(*weight.shape[:2], PATCH // 4, PATCH // 4) * 0.05
-        weight.copy_(F.interpolate(coarse, size=(PATCH, PATCH), mode="nearest").unsqueeze(2).expand_as(weight) / 4)
+    coarsen_filters(model.model.visual.patch_embed.proj.weight)
     return model
 
 

@@ -137,7 +137,7 @@ class ModelAdapter:
         text = self.prompt_text(prompt, len(images))
         bos = self.tokenizer.bos_token
         extra: dict[str, Any] = {"add_special_tokens": False} if bos and text.startswith(bos) else {}
-        if "mm_token_type_ids" in signature(self.model.forward).parameters:
+        if "mm_token_type_ids" in self._reads:
             extra["return_mm_token_type_ids"] = True
         if self.video:
             if len(sizes := {frame.shape[1:] if isinstance(frame, Tensor) else frame.size for frame in images}) > 1:
@@ -154,9 +154,8 @@ class ModelAdapter:
     def _begin_decoding(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """What an encoder-decoder's decoder reads first: its start token, and the prompt if the encoder does not."""
         inputs.pop("decoder_attention_mask", None)
-        reads = signature(self.model.forward).parameters
         prompt = inputs.pop("decoder_input_ids", None)
-        if "input_ids" not in reads and "input_ids" in inputs:
+        if "input_ids" not in self._reads and "input_ids" in inputs:
             prompt = inputs.pop("input_ids")
             inputs.pop("attention_mask", None)
         ids = [] if prompt is None else prompt[0].tolist()
@@ -210,6 +209,11 @@ class ModelAdapter:
             return_dict_in_generate=True,
             **options,
         )
+
+    @cached_property
+    def _reads(self) -> set[str]:
+        """Names of the arguments of the model's forward."""
+        return set(signature(self.model.forward).parameters)
 
     @property
     def is_encoder_decoder(self) -> bool:

@@ -114,10 +114,10 @@ def explain(
         weight_of = dict(zip(scales, normalized_weights(scales, scale_weights).tolist(), strict=True))
     elif scale_weights is not None:
         raise ValueError(f"scale_weights need the scales that they belong to; scales is {scales!r}.")
-    ranking = ARC(model=adapter.lens, **(arc if isinstance(arc, Mapping) else {}))
     suppress = arc is not None and arc is not False
 
     with evaluation_mode(model):
+        ranking = ARC(model=adapter.lens, **(arc if isinstance(arc, Mapping) else {}))
         reading = read_answer(
             adapter,
             pictures,

@@ -45,7 +45,6 @@ __all__ = [
     "geometry_oracle",
     "image_token_id",
     "measure_geometry",
-    "video_token_id",
     "visual_positions",
 ]
 
@@ -167,13 +166,11 @@ class TokenGeometry:
 
 def image_token_id(model: PreTrainedModel) -> int | None:
     """Id of the token that the processor repeats for every visual token; None where pictures enter another way."""
-    ids = (getattr(model.config, name, None) for name in IMAGE_TOKEN_ATTRIBUTES)
-    return next((i for i in ids if isinstance(i, int)), None)
+    return _config_id(model, IMAGE_TOKEN_ATTRIBUTES)
 
 
-def video_token_id(model: PreTrainedModel) -> int | None:
-    """Id of the token that stands for the frames of a video; None for models that take none."""
-    ids = (getattr(model.config, name, None) for name in VIDEO_TOKEN_ATTRIBUTES)
+def _config_id(model: PreTrainedModel, names: Sequence[str]) -> int | None:
+    ids = (getattr(model.config, name, None) for name in names)
     return next((i for i in ids if isinstance(i, int)), None)
 
 
@@ -203,8 +200,10 @@ def visual_positions(model: PreTrainedModel, input_ids: Tensor) -> Tensor:
             f"The config of {type(model).__name__} names no image placeholder ({', '.join(IMAGE_TOKEN_ATTRIBUTES)}); "
             "set model.config.image_token_id to the id that the processor repeats for every visual token."
         )
-    ids = torch.tensor([token_id, video] if (video := video_token_id(model)) is not None else [token_id])
-    positions = torch.isin(input_ids, ids.to(input_ids)).nonzero().flatten()
+    is_visual = input_ids == token_id
+    if (video_token_id := _config_id(model, VIDEO_TOKEN_ATTRIBUTES)) is not None:
+        is_visual |= input_ids == video_token_id
+    positions = is_visual.nonzero().flatten()
     if len(positions) == 0:
         raise ValueError(
             f"No image placeholder (id {token_id}) among the {len(input_ids)} input ids; the prompt needs one for "

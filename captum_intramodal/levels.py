@@ -65,15 +65,13 @@ class Windows:
         boxes, parts, images = [], [], []
         for image, (width, height) in enumerate(sizes):
             w, h = max(1, round(width / scale)), max(1, round(height / scale))
-            corners = [
-                (c * (width - w) // (steps - 1), r * (height - h) // (steps - 1)) for r, c in np.ndindex(steps, steps)
-            ]
-            for x, y in corners:
-                geometry = adapter.geometry([(w, h) if i == image else size for i, size in enumerate(sizes)])
-                own = geometry.is_local & geometry.sees(image)
+            geometry = adapter.geometry([(w, h) if i == image else size for i, size in enumerate(sizes)])
+            boxed = geometry.boxes.masked_fill(~(geometry.is_local & geometry.sees(image))[:, None], torch.nan)
+            for row, column in np.ndindex(steps, steps):
+                x, y = column * (width - w) // (steps - 1), row * (height - h) // (steps - 1)
                 boxes.append((image, x, y, x + w, y + h))
-                parts.append((geometry.boxes + torch.tensor([x, y, x, y])).masked_fill(~own[:, None], torch.nan))
-                images.append(torch.full((len(own),), image))
+                parts.append(boxed + torch.tensor([x, y, x, y]))
+                images.append(torch.full((len(boxed),), image))
         placed = torch.cat(parts)
         kinds = tuple("separator" if nowhere else "local" for nowhere in placed.isnan().any(1).tolist())
         return cls(tuple(boxes), TokenGeometry(placed, kinds, torch.cat(images), tuple(sizes)))

@@ -43,11 +43,7 @@ class TextTokens:
 
     @classmethod
     def of(cls, adapter: ModelAdapter, encoding: Encoding, prompt: str) -> TextTokens:
-        ids = encoding.input_ids
-        is_text = ~torch.isin(ids, torch.tensor(adapter.tokenizer.all_special_ids))
-        is_text[encoding.visual_positions] = False
-        is_text[encoding.prompt_length :] = True
-        positions = is_text.nonzero().flatten()
+        ids, positions = encoding.input_ids, text_positions(adapter, encoding)
         context = ids[positions[positions < encoding.prompt_length]].tolist()
         rendered, rendered_spans = decode_pieces(adapter.tokenizer, context)
         answer, answer_spans = decode_pieces(adapter.tokenizer, encoding.answer_ids)
@@ -62,6 +58,14 @@ class TextTokens:
             prompt=prompt,
             answer=answer,
         )
+
+
+def text_positions(adapter: ModelAdapter, encoding: Encoding) -> Tensor:
+    """Positions of all that is neither visual nor special, and of the answer; int64 (T,)."""
+    is_text = ~torch.isin(encoding.input_ids, torch.tensor(adapter.tokenizer.all_special_ids))
+    is_text[encoding.visual_positions] = False
+    is_text[encoding.prompt_length :] = True
+    return is_text.nonzero().flatten()
 
 
 @dataclass(frozen=True)
@@ -156,8 +160,7 @@ def read_answer(
             levels.append(TokenLevel.of(adapter, scale, sight, visual_states(adapter, inputs, layers[0]), text.ids))
         else:
             there = adapter.encode(inputs, answer_ids)
-            positions = TextTokens.of(adapter, there, _shown_prompt(prompt)).positions
-            levels.append(PixelLevel.of(adapter, scale, sight, there, positions))
+            levels.append(PixelLevel.of(adapter, scale, sight, there, text_positions(adapter, there)))
     return Reading(
         pictures=pictures,
         text=text,
