@@ -35,6 +35,7 @@ from tokenizers.models import WordLevel
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from transformers import (
+    AutoModelForImageTextToText,
     GenerationConfig,
     GotOcr2ImageProcessor,
     InternVLConfig,
@@ -65,6 +66,8 @@ SPECIAL = {
 }  # fmt: skip
 # The InternVL-type model sees every picture as one square tile of this side.
 TILE = 192
+# Low: a sequence has a few hundred positions. One for both families, so that one's language model fits the other.
+ROPE_THETA = 20.0
 WORDS = (
     "user assistant system describe the this picture image what is in do you see ? . , shows a an some and left right "
     "above below of there yes no nothing"
@@ -154,7 +157,11 @@ def build_internvl_processor(tokenizer: PreTrainedTokenizerFast) -> InternVLProc
 def build_internvl(tokenizer: PreTrainedTokenizerFast) -> InternVLForConditionalGeneration:
     token = tokenizer.convert_tokens_to_ids
     config = InternVLConfig(
-        text_config=dict(model_type="qwen2", **text_config(tokenizer)),
+        text_config=dict(
+            model_type="qwen2",
+            rope_parameters={"rope_type": "default", "rope_theta": ROPE_THETA},
+            **text_config(tokenizer),
+        ),
         vision_config=dict(
             model_type="internvl_vision",
             hidden_size=128,
@@ -198,7 +205,7 @@ def build_processor(tokenizer: PreTrainedTokenizerFast) -> Qwen2VLProcessor:
 
 def build_model(tokenizer: PreTrainedTokenizerFast) -> Qwen2VLForConditionalGeneration:
     token = tokenizer.convert_tokens_to_ids
-    rope = {"rope_type": "default", "rope_theta": 20.0, "mrope_section": [4, 6, 6]}
+    rope = {"rope_type": "default", "rope_theta": ROPE_THETA, "mrope_section": [4, 6, 6]}
     vision = dict(
         depth=4,
         embed_dim=128,
@@ -267,7 +274,7 @@ class Batches(Dataset[dict[str, Tensor]]):
         shown = size
         if self.family == "internvl":
             columns = rows = TILE // TOKEN
-            shown = (TILE, TILE)
+            shown, batch = (TILE, TILE), batch // 2
         image_tokens = columns * rows
         start, end, image = SPECIAL[self.family][4:7]
         head = self.tokenizer(f"<|im_start|>user{start}")["input_ids"]
@@ -436,7 +443,10 @@ def train(
     family: Annotated[
         str, typer.Option(help="'qwen2_vl' (the demo), or 'internvl': pictures of a fixed size.")
     ] = "qwen2_vl",
-    start_from: Annotated[Path | None, typer.Option(help="Begin with the weights of an exported checkpoint.")] = None,
+    start_from: Annotated[
+        Path | None,
+        typer.Option(help="Begin with an exported checkpoint's weights; with its language model's, if another family."),
+    ] = None,
     steps: int = 9000,
     learning_rate: float = 1.5e-3,
     presence_weight: float = 2.0,
@@ -472,7 +482,11 @@ def train(
 
     start, checkpoint = 0, work / "checkpoint.pt"
     if start_from is not None and not checkpoint.exists():
-        model.load_state_dict(type(model).from_pretrained(start_from, dtype=torch.float32).state_dict())
+        weights = AutoModelForImageTextToText.from_pretrained(start_from, dtype=torch.float32)
+        if isinstance(weights, type(model)):
+            model.load_state_dict(weights.state_dict())
+        else:
+            model.model.language_model.load_state_dict(weights.model.language_model.state_dict())
     if checkpoint.exists():
         state = torch.load(checkpoint, weights_only=True)
         model.load_state_dict(state["model"])
