@@ -154,7 +154,9 @@ def evaluate(
     layers = range(len(adapter.lens.layers))
     for index in track(range(count), description="Explaining"):
         scene = compose(HELD_OUT + index, (256, 192), objects, classes, sprites)
-        reading = read_answer(adapter, [scene.image], "describe the picture.", None, SCALES, ranking_layers=layers)
+        reading = read_answer(
+            adapter, [scene.image], "describe the picture.", None, SCALES, ranking_layers=layers, crops=True
+        )
         for name, method in methods.items():
             scores = score(method(adapter, reading), reading, scene, set(classes))
             rows[name].append([float(np.mean(s)) if s else 0.0 for s in scores] + [float(len(s)) for s in scores])

@@ -29,7 +29,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import typer
-from PIL import Image
 from tokenizers import Tokenizer, decoders, normalizers, pre_tokenizers
 from tokenizers.models import WordLevel
 from torch import Tensor, nn
@@ -64,8 +63,8 @@ SPECIAL = {
         "<pad>", "<unk>", "<|im_start|>", "<|im_end|>", "<img>", "</img>", "<IMG_CONTEXT>", "<video>",
     ),
 }  # fmt: skip
-# The InternVL-type model sees every picture as one square tile of this side.
-TILE = 192
+# The InternVL-type model sees a picture as square tiles of this side and a thumbnail, a small one as one tile.
+TILE, MAX_TILES = 192, 4
 # Low: a sequence has a few hundred positions. One for both families, so that one's language model fits the other.
 ROPE_THETA = 20.0
 WORDS = (
@@ -143,7 +142,11 @@ def coarsen_filters(weight: Tensor) -> None:
 
 def build_internvl_processor(tokenizer: PreTrainedTokenizerFast) -> InternVLProcessor:
     shared: dict[str, Any] = dict(
-        size={"height": TILE, "width": TILE}, crop_to_patches=False, image_mean=list(MEAN), image_std=list(STD)
+        size={"height": TILE, "width": TILE},
+        crop_to_patches=True,
+        max_patches=MAX_TILES,
+        image_mean=list(MEAN),
+        image_std=list(STD),
     )
     return InternVLProcessor(
         image_processor=GotOcr2ImageProcessor(**shared),
@@ -241,6 +244,7 @@ class Batches(Dataset[dict[str, Tensor]]):
         self.classes, self.sprites = WORLDS[world]
         self.words = [*self.classes, *COLOURS]
         self.word_index = {word: index for index, word in enumerate(self.words)}
+        self.tiler = build_internvl_processor(tokenizer).image_processor if family == "internvl" else None
 
     def __len__(self) -> int:
         return self.steps
@@ -271,10 +275,9 @@ class Batches(Dataset[dict[str, Tensor]]):
         rng = np.random.default_rng((self.seed, step))
         batch, (columns, rows), count = self._layout(rng, step / self.steps)
         size = (columns * TOKEN, rows * TOKEN)
-        shown = size
-        if self.family == "internvl":
-            columns = rows = TILE // TOKEN
-            shown, batch = (TILE, TILE), batch // 2
+        if self.tiler is not None:
+            tiles = self.tiler.get_number_of_image_patches(size[1], size[0])
+            columns, rows, batch = TILE // TOKEN, tiles * TILE // TOKEN, batch // (2 if tiles == 1 else 5)
         image_tokens = columns * rows
         start, end, image = SPECIAL[self.family][4:7]
         head = self.tokenizer(f"<|im_start|>user{start}")["input_ids"]
@@ -291,16 +294,16 @@ class Batches(Dataset[dict[str, Tensor]]):
             ],
             axis=1,
         )
-        if self.family == "internvl":  # One position after another.
+        if self.tiler is not None:  # One position after another.
             after = len(head) + image_tokens
             prefix_positions = np.tile(np.arange(after + 1), (3, 1))
         rows_out = []
-        pixels = np.empty((batch, shown[1], shown[0], 3), np.uint8)
+        pixels = np.empty((batch, size[1], size[0], 3), np.uint8)
         present = np.zeros((batch, len(self.words)), np.float32)
         for index in range(batch):
             # Held-out scenes have seeds below 2**32; these lie above.
             scene = compose(int(rng.integers(2**32, 2**62)), size, count, self.classes, self.sprites)
-            pixels[index] = np.asarray(scene.image.resize(shown, Image.Resampling.BICUBIC))
+            pixels[index] = np.asarray(scene.image)
             for item in scene.objects:
                 present[index, self.word_index[item.name]] = 1
                 if item.colour:
@@ -327,8 +330,11 @@ class Batches(Dataset[dict[str, Tensor]]):
             trained[index, :n] = torch.tensor(train)
             segments[index, :n] = torch.tensor(segment)
             positions[:, index, :n] = torch.from_numpy(position_ids)
+        pictures = torch.from_numpy(pixels)
+        if self.tiler is not None:
+            pictures = self.tiler(list(pictures.permute(0, 3, 1, 2)), return_tensors="pt")["pixel_values"]
         return {
-            "pixels": torch.from_numpy(pixels),
+            "pixels": pictures,
             "present": torch.from_numpy(present),
             "input_ids": input_ids,
             "trained": trained,
@@ -388,8 +394,7 @@ def losses(model: Any, batch: dict[str, Tensor], words: Tensor) -> tuple[Tensor,
     image = ids == model.config.image_token_id
     inputs: dict[str, Any]
     if model.config.model_type == "internvl":
-        pictures = (batch["pixels"].permute(0, 3, 1, 2) / 255 - MEAN[0]) / STD[0]
-        inputs = dict(pixel_values=pictures, position_ids=batch["positions"][0])
+        inputs = dict(pixel_values=batch["pixels"], position_ids=batch["positions"][0])
     else:
         pixel_values, grid = patchify(batch["pixels"])
         inputs = dict(
@@ -441,7 +446,7 @@ def train(
         str, typer.Option(help="'demo', or 'other': unseen words and sprites, same architecture.")
     ] = "demo",
     family: Annotated[
-        str, typer.Option(help="'qwen2_vl' (the demo), or 'internvl': pictures of a fixed size.")
+        str, typer.Option(help="'qwen2_vl' (the demo), or 'internvl': tiles of a fixed size.")
     ] = "qwen2_vl",
     start_from: Annotated[
         Path | None,

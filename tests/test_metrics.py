@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 
-from captum_intramodal import metrics
 from captum_intramodal.metrics import (
     Interval,
     bootstrap_interval,
@@ -20,6 +19,7 @@ from captum_intramodal.metrics import (
     otsu_threshold,
     paired_bootstrap_difference,
     pointing_hit,
+    statistics,
 )
 
 MASK = torch.tensor([[True, True, False], [False, False, False]])
@@ -299,7 +299,7 @@ def test_bootstrap_level_seed_and_parts(monkeypatch: pytest.MonkeyPatch) -> None
     assert bootstrap_interval(values, seed=3) == bootstrap_interval(values, seed=np.random.default_rng(3))
     assert bootstrap_interval(values, seed=3) != bootstrap_interval(values, seed=4)
     expected = bootstrap_interval(values, n=101, seed=3)
-    monkeypatch.setattr(metrics, "_RESAMPLED_VALUES", 400)
+    monkeypatch.setattr(statistics, "_RESAMPLED_VALUES", 400)
     assert bootstrap_interval(values, n=101, seed=3) == pytest.approx(expected)
 
 

@@ -1,4 +1,4 @@
-r"""Localisation metrics of explanation maps, with bootstrap intervals.
+r"""Localisation metrics of explanation maps.
 
 Obj-IoU, Func-IoU and F1-IoU follow the evaluation of Token Activation Map (Li et al., ICCV 2025), corrected in two
 points: a map is scored as it is, without rescaling it together with the scores of the text tokens, and the map scored
@@ -13,8 +13,7 @@ that does not fit, a mask without a cell inside, NaN or infinity.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, TypeAlias
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -22,42 +21,21 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
+from captum_intramodal.metrics.statistics import Array, Floats, finite
+
 __all__ = [
-    "Interval",
-    "bootstrap_interval",
     "energy_inside",
     "f1_iou",
     "function_iou",
     "iou",
     "object_iou",
     "otsu_threshold",
-    "paired_bootstrap_difference",
     "pointing_hit",
 ]
 
-Array: TypeAlias = Tensor | npt.NDArray[Any]
-Floats: TypeAlias = npt.NDArray[np.float64]
-
 _BINS = 256
-# Resampled values held at a time.
-_RESAMPLED_VALUES = 2**22
 # Rounding of the bilinear resize, relative to the range of a map.
 _TIE = 1e-12
-
-
-class Interval(NamedTuple):
-    r"""An estimate and its bootstrap interval.
-
-    Args:
-
-        estimate (float): The statistic of the values as they are.
-        low (float): Lower end of the interval.
-        high (float): Upper end of the interval.
-    """
-
-    estimate: float
-    low: float
-    high: float
 
 
 def otsu_threshold(values: Array | Sequence[float]) -> float:
@@ -82,7 +60,7 @@ def otsu_threshold(values: Array | Sequence[float]) -> float:
         >>> otsu_threshold(torch.tensor([[0.0, 1.0, 2.0], [9.0, 8.0, 1.0]]))
         2.0
     """
-    flat = _finite(values, "values").ravel()
+    flat = finite(values, "values").ravel()
     low, high = flat.min(), flat.max()
     if low == high:
         return float(low)
@@ -116,7 +94,7 @@ def iou(map: Array, mask: Array, threshold: float) -> float:
         >>> round(iou(map, mask, threshold=0.5), 4)
         0.6667
     """
-    values, inside = _finite(map, "map"), _inside(mask)
+    values, inside = finite(map, "map"), _inside(mask)
     if values.shape != inside.shape:
         raise ValueError(f"map and mask must have one shape, but they have {values.shape} and {inside.shape}.")
     if np.isnan(threshold):
@@ -243,8 +221,8 @@ def function_iou(function_maps: Array, noun_thresholds: Array | Sequence[float])
         >>> function_iou(maps, [1.0, 3.0])
         0.875
     """
-    threshold = _finite(noun_thresholds, "noun_thresholds").mean()
-    return float((_finite(function_maps, "function_maps") < threshold).mean())
+    threshold = finite(noun_thresholds, "noun_thresholds").mean()
+    return float((finite(function_maps, "function_maps") < threshold).mean())
 
 
 def f1_iou(
@@ -289,140 +267,6 @@ def f1_iou(
     return f1
 
 
-def bootstrap_interval(
-    values: Array | Sequence[Any],
-    statistic: Callable[..., Any] = np.mean,
-    n: int = 10_000,
-    level: float = 0.95,
-    seed: int | np.random.Generator = 0,
-) -> Interval:
-    r"""Percentile bootstrap interval of a statistic over samples.
-
-    Samples, pictures and not words, are drawn with replacement, with all their columns. Source: Efron, "Bootstrap
-    methods: another look at the jackknife", 1979.
-
-    Args:
-
-        values (Tensor, ndarray or sequence): One row for each sample. Shape: N, or N x C for C columns.
-        statistic (Callable): Called as ``statistic(column_1, ..., column_C, axis=-1)`` with arrays of shape B x N, of
-                    which it returns B numbers, like ``numpy.mean``, ``numpy.median`` or :func:`f1_iou`.
-                    Default: ``numpy.mean``
-        n (int): Number of resamples. Default: ``10_000``
-        level (float): Coverage, between 0 and 1. Default: ``0.95``
-        seed (int or Generator): Seed of a NumPy generator, or the generator. Default: ``0``
-
-    Returns:
-        **interval** (*Interval*):
-            The named tuple (estimate, low, high).
-
-    Raises:
-        ValueError: If there are no samples, a value is not finite, or the statistic returns another shape or is not
-            finite in some resample (as a ratio of counts that are all 0).
-
-    Examples::
-
-        >>> bootstrap_interval([0.25, 0.25, 0.25])
-        Interval(estimate=0.25, low=0.25, high=0.25)
-        >>> obj, func = [0.2, 0.4, 0.9], [0.5, 0.7, 0.6]
-        >>> estimate, low, high = bootstrap_interval(np.stack([obj, func], axis=1), f1_iou, n=1000)
-        >>> low < estimate < high
-        True
-    """
-    return _bootstrap([_samples(values, "values")], statistic, n, level, seed)
-
-
-def paired_bootstrap_difference(
-    first: Array | Sequence[Any],
-    second: Array | Sequence[Any],
-    statistic: Callable[..., Any] = np.mean,
-    n: int = 10_000,
-    level: float = 0.95,
-    seed: int | np.random.Generator = 0,
-) -> Interval:
-    r"""Percentile bootstrap interval of ``statistic(first) - statistic(second)`` for two methods on the same samples.
-
-    Each resample draws the same samples for both, so that what makes a sample hard for both cancels. The methods
-    differ at the level if the interval leaves out 0.
-
-    Args:
-
-        first (Tensor, ndarray or sequence): One row for each sample. Shape: N or N x C.
-        second (Tensor, ndarray or sequence): The same samples in the same order, with the shape of ``first``.
-        statistic (Callable): As in :func:`bootstrap_interval`. Default: ``numpy.mean``
-        n (int): Number of resamples. Default: ``10_000``
-        level (float): Coverage, between 0 and 1. Default: ``0.95``
-        seed (int or Generator): Seed of a NumPy generator, or the generator. Default: ``0``
-
-    Returns:
-        **interval** (*Interval*):
-            The named tuple (estimate, low, high) of the difference.
-
-    Raises:
-        ValueError: As in :func:`bootstrap_interval`, and if the shapes differ.
-
-    Examples::
-
-        >>> paired_bootstrap_difference([0.75, 0.5, 1.0, 0.5], [0.5, 0.25, 0.75, 0.25])
-        Interval(estimate=0.25, low=0.25, high=0.25)
-    """
-    pair = [_samples(first, "first"), _samples(second, "second")]
-    if pair[0].shape != pair[1].shape:
-        raise ValueError(f"first and second must have one shape, but they have {pair[0].shape} and {pair[1].shape}.")
-    return _bootstrap(pair, statistic, n, level, seed)
-
-
-def _bootstrap(
-    tables: list[Floats], statistic: Callable[..., Any], n: int, level: float, seed: int | np.random.Generator
-) -> Interval:
-    """Interval of the statistic of the first table, less that of the second if there is one."""
-    if n < 1:
-        raise ValueError(f"n must be positive, but it is {n}.")
-    if not 0 < level < 1:
-        raise ValueError(f"level must lie between 0 and 1, but it is {level}.")
-    samples, columns = tables[0].shape
-
-    def evaluate(rows: npt.NDArray[np.intp]) -> Floats:
-        results = []
-        for table in tables:
-            result = np.asarray(statistic(*(column[rows] for column in table.T), axis=-1), dtype=np.float64)
-            if result.shape != rows.shape[:1]:
-                raise ValueError(
-                    f"statistic must reduce {columns} arrays of shape {rows.shape} to {rows.shape[:1]}, "
-                    f"but it returned {result.shape}."
-                )
-            results.append(result)
-        return results[0] if len(results) == 1 else results[0] - results[1]
-
-    generator = np.random.default_rng(seed)
-    part = max(1, _RESAMPLED_VALUES // (samples * columns))
-    drawn = np.concatenate(
-        [
-            evaluate(generator.integers(samples, size=(min(part, n - start), samples), dtype=np.intp))
-            for start in range(0, n, part)
-        ]
-    )
-    estimate = evaluate(np.arange(samples, dtype=np.intp)[None])[0]
-    failed = int((~np.isfinite(drawn)).sum())
-    if failed or not np.isfinite(estimate):
-        raise ValueError(
-            f"statistic is {estimate} on all {samples} samples and not finite in {failed} of {n} resamples."
-        )
-    low, high = np.quantile(drawn, [(1 - level) / 2, (1 + level) / 2])
-    return Interval(float(estimate), float(low), float(high))
-
-
-def _finite(values: Array | Sequence[Any], name: str) -> Floats:
-    if isinstance(values, Tensor):
-        values = values.detach().cpu().double().numpy()
-    array = np.asarray(values, dtype=np.float64)
-    if array.size == 0:
-        raise ValueError(f"{name} is empty, its shape is {array.shape}.")
-    wrong = int((~np.isfinite(array)).sum())
-    if wrong:
-        raise ValueError(f"{name} holds NaN or infinity in {wrong} of {array.size} values.")
-    return array
-
-
 def _inside(mask: Array) -> npt.NDArray[np.bool_]:
     array = np.asarray(mask.detach().cpu().numpy() if isinstance(mask, Tensor) else mask)
     if array.dtype.kind not in "biu":
@@ -433,7 +277,7 @@ def _inside(mask: Array) -> npt.NDArray[np.bool_]:
 
 
 def _resize(map: Array, mask: Array) -> Floats:
-    values = _finite(map, "map")
+    values = finite(map, "map")
     if values.ndim != 2 or len(mask.shape) != 2:
         raise ValueError(f"map and mask must be H x W, but they have {values.shape} and {tuple(mask.shape)}.")
     if values.shape == tuple(mask.shape) or 0 in mask.shape:
@@ -444,21 +288,14 @@ def _resize(map: Array, mask: Array) -> Floats:
     return resized[0, 0].numpy().clip(values.min(), values.max())
 
 
-def _samples(values: Array | Sequence[Any], name: str) -> Floats:
-    table = _finite(values, name)
-    if table.ndim not in (1, 2):
-        raise ValueError(f"{name} must be N or N x C, but its shape is {table.shape}.")
-    return table.reshape(len(table), -1)
-
-
 def _weighted_mean(
     values: Array | Sequence[float], words: Array | Sequence[float] | None, axis: int, name: str
 ) -> np.float64 | Floats:
-    array = _finite(values, name)
+    array = finite(values, name)
     if words is None:
         mean: np.float64 | Floats = array.mean(axis)
         return mean
-    weights = _finite(words, f"{name}_words")
+    weights = finite(words, f"{name}_words")
     if weights.shape != array.shape:
         raise ValueError(
             f"{name} and {name}_words must have one shape, but they have {array.shape} and {weights.shape}."

@@ -1,0 +1,43 @@
+"""Is an explanation true? Where maps point, what happens without what they point at, and how sure that is."""
+
+from captum_intramodal.metrics.faithfulness import (
+    FRACTIONS,
+    PictureRemoval,
+    aopc,
+    area_under_curve,
+    deletion_curve,
+    insertion_curve,
+    noisy_linear_imputation,
+    road,
+)
+from captum_intramodal.metrics.localisation import (
+    energy_inside,
+    f1_iou,
+    function_iou,
+    iou,
+    object_iou,
+    otsu_threshold,
+    pointing_hit,
+)
+from captum_intramodal.metrics.statistics import Interval, bootstrap_interval, paired_bootstrap_difference
+
+__all__ = [
+    "FRACTIONS",
+    "Interval",
+    "PictureRemoval",
+    "aopc",
+    "area_under_curve",
+    "bootstrap_interval",
+    "deletion_curve",
+    "energy_inside",
+    "f1_iou",
+    "function_iou",
+    "insertion_curve",
+    "iou",
+    "noisy_linear_imputation",
+    "object_iou",
+    "otsu_threshold",
+    "paired_bootstrap_difference",
+    "pointing_hit",
+    "road",
+]
