@@ -171,6 +171,8 @@ def build_internvl(tokenizer: PreTrainedTokenizerFast) -> InternVLForConditional
             intermediate_size=512,
             num_hidden_layers=4,
             num_attention_heads=4,
+            attention_bias=True,
+            hidden_act="quick_gelu",
             image_size=TILE,
             patch_size=PATCH,
             layer_scale_init_value=1.0,
@@ -185,6 +187,26 @@ def build_internvl(tokenizer: PreTrainedTokenizerFast) -> InternVLForConditional
     model = InternVLForConditionalGeneration(config)
     coarsen_filters(model.model.vision_tower.embeddings.patch_embeddings.projection.weight)
     return model
+
+
+@torch.no_grad()
+def adopt_parts(model: InternVLForConditionalGeneration, demo: Qwen2VLForConditionalGeneration) -> None:
+    """The demo's language model and vision blocks. Position embeddings and projector are left to be learnt."""
+    model.model.language_model.load_state_dict(demo.model.language_model.state_dict())
+    tower, visual = model.model.vision_tower, demo.model.visual
+    # Of a picture the demo's filters see two equal frames.
+    tower.embeddings.patch_embeddings.projection.weight.copy_(visual.patch_embed.proj.weight.sum(2))
+    for layer, block in zip(tower.encoder.layer, visual.blocks, strict=True):
+        attention = layer.attention
+        for name in ("weight", "bias"):
+            parts = getattr(block.attn.qkv, name).chunk(3)
+            for projection, part in zip((attention.q_proj, attention.k_proj, attention.v_proj), parts, strict=True):
+                getattr(projection, name).copy_(part)
+        attention.projection_layer.load_state_dict(block.attn.proj.state_dict())
+        layer.mlp.fc1.load_state_dict(block.mlp.fc1.state_dict())
+        layer.mlp.fc2.load_state_dict(block.mlp.fc2.state_dict())
+        layer.layernorm_before.load_state_dict(block.norm1.state_dict())
+        layer.layernorm_after.load_state_dict(block.norm2.state_dict())
 
 
 def build_processor(tokenizer: PreTrainedTokenizerFast) -> Qwen2VLProcessor:
@@ -450,7 +472,7 @@ def train(
     ] = "qwen2_vl",
     start_from: Annotated[
         Path | None,
-        typer.Option(help="Begin with an exported checkpoint's weights; with its language model's, if another family."),
+        typer.Option(help="Begin with a checkpoint's weights; of the demo's, with the parts that fit the family."),
     ] = None,
     steps: int = 9000,
     learning_rate: float = 1.5e-3,
@@ -491,7 +513,7 @@ def train(
         if isinstance(weights, type(model)):
             model.load_state_dict(weights.state_dict())
         else:
-            model.model.language_model.load_state_dict(weights.model.language_model.state_dict())
+            adopt_parts(model, weights)
     if checkpoint.exists():
         state = torch.load(checkpoint, weights_only=True)
         model.load_state_dict(state["model"])

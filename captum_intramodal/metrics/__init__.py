@@ -20,11 +20,16 @@ from captum_intramodal.metrics.localisation import (
     pointing_hit,
 )
 from captum_intramodal.metrics.statistics import Interval, bootstrap_interval, paired_bootstrap_difference
+from captum_intramodal.metrics.tam_evaluation import FUNCTION_WORD, OTHER_NOUN, OTHER_WORD, TAMScores, tam_scores
 
 __all__ = [
     "FRACTIONS",
+    "FUNCTION_WORD",
+    "OTHER_NOUN",
+    "OTHER_WORD",
     "Interval",
     "PictureRemoval",
+    "TAMScores",
     "aopc",
     "area_under_curve",
     "bootstrap_interval",
@@ -40,4 +45,5 @@ __all__ = [
     "paired_bootstrap_difference",
     "pointing_hit",
     "road",
+    "tam_scores",
 ]
