@@ -128,28 +128,30 @@ class ModelAdapter:
         images = [[_noise_picture(size)] * frames for size in ((96, 64), (200, 136))]
         prompts, answers = ["describe", "describe describe describe"], [self._ordinary_ids[:2], self._ordinary_ids[:4]]
         tolerance = 1e-3 if self.model.dtype in (torch.float32, torch.float64) else 5e-2
-        options: dict[str, Any] = dict(output_logits=True, min_new_tokens=0, min_length=0)
+        try:
+            with evaluation_mode(self.model):
+                together = self._try_batch(images, prompts, answers)
+                alone = [self._try_batch([i], [p], [a])[0] for i, p, a in zip(images, prompts, answers, strict=True)]
+        except Exception:  # Whatever a processor or model raises that was not made for batches.
+            return False
+        return all(
+            torch.equal(ids, expected_ids)
+            and all(logits_gap(*pair) <= tolerance for pair in zip(logits, expected, strict=False))
+            for (ids, logits), (expected_ids, expected) in zip(together, alone, strict=True)
+        )
 
-        with evaluation_mode(self.model):
-            try:
-                inputs = self.prepare_batch(images, prompts)
-                encodings = self.encode_batch(inputs, answers)
-                logits = self.run(encodings[0].inputs).logits
-                first = self._generate(inputs, 1, **options).logits[0]
-                for encoding, shown, prompt, answer in zip(encodings, images, prompts, answers, strict=True):
-                    inputs = self.prepare(shown, prompt)
-                    alone = self.encode(inputs, answer)
-                    expected = alone.rows(self.run(alone.inputs).logits[0])[-len(answer) :]
-                    generated = self._generate(inputs, 1, **options).logits[0]
-                    gaps = [
-                        logits_gap(encoding.rows(logits[encoding.row])[-len(answer) :], expected),
-                        logits_gap(first[encoding.row], generated[0]),
-                    ]
-                    if not torch.equal(encoding.input_ids, alone.input_ids) or not max(gaps) <= tolerance:
-                        return False
-            except Exception:  # Whatever a processor or model raises that was not made for batches.
-                return False
-        return True
+    def _try_batch(
+        self, images: Sequence[Any], prompts: Sequence[str], answers: Sequence[list[int]]
+    ) -> list[tuple[Tensor, list[Tensor]]]:
+        """Per example its ids, and the logits of its answer and of two generated tokens."""
+        inputs = self.prepare_batch(images, prompts)
+        encodings = self.encode_batch(inputs, answers)
+        forced = self.run(encodings[0].inputs).logits
+        steps = self._generate(inputs, 2, output_logits=True, min_new_tokens=0).logits
+        return [
+            (e.input_ids, [e.rows(forced[e.row])[-len(e.answer_ids) :], *(step[e.row] for step in steps)])
+            for e in encodings
+        ]
 
     @property
     def device(self) -> torch.device:
