@@ -112,12 +112,8 @@ class ModelAdapter:
         except (ValueError, TypeError, RuntimeError, IndexError, KeyError, AttributeError):
             # Not every model runs on text alone. All-black pictures are dropped by some.
             inputs = self.prepare([_noise_picture((64, 64))], "describe")
-            return LogitLens(self.model, self._cast(self.encode(inputs, self._ordinary_ids[:8]).inputs))
-
-    @cached_property
-    def _ordinary_ids(self) -> list[int]:
-        special = set(self.tokenizer.all_special_ids)
-        return [i for i in range(len(self.tokenizer)) if i not in special]
+            ids = [i for i in range(len(self.tokenizer)) if i not in set(self.tokenizer.all_special_ids)]
+            return LogitLens(self.model, self._cast(self.encode(inputs, ids[:8]).inputs))
 
     @cached_property
     def batches(self) -> bool:
@@ -126,12 +122,12 @@ class ModelAdapter:
             return False
         frames = 2 if self.video else 1
         images = [[_noise_picture(size)] * frames for size in ((96, 64), (200, 136))]
-        prompts, answers = ["describe", "describe describe describe"], [self._ordinary_ids[:2], self._ordinary_ids[:4]]
+        prompts = ["describe", "describe describe describe"]
         tolerance = 1e-3 if self.model.dtype in (torch.float32, torch.float64) else 5e-2
         try:
             with evaluation_mode(self.model):
-                together = self._try_batch(images, prompts, answers)
-                alone = [self._try_batch([i], [p], [a])[0] for i, p, a in zip(images, prompts, answers, strict=True)]
+                together = self._try_batch(images, prompts)
+                alone = [self._try_batch([shown], [p])[0] for shown, p in zip(images, prompts, strict=True)]
         except Exception:  # Whatever a processor or model raises that was not made for batches.
             return False
         return all(
@@ -140,12 +136,10 @@ class ModelAdapter:
             for (ids, logits), (expected_ids, expected) in zip(together, alone, strict=True)
         )
 
-    def _try_batch(
-        self, images: Sequence[Any], prompts: Sequence[str], answers: Sequence[list[int]]
-    ) -> list[tuple[Tensor, list[Tensor]]]:
-        """Per example its ids, and the logits of its answer and of two generated tokens."""
+    def _try_batch(self, images: Sequence[Any], prompts: Sequence[str]) -> list[tuple[Tensor, list[Tensor]]]:
+        """Per example its ids, and the logits of an answer (the prompt's words) and of two generated tokens."""
         inputs = self.prepare_batch(images, prompts)
-        encodings = self.encode_batch(inputs, answers)
+        encodings = self.encode_batch(inputs, [self.tokenize_answer(prompt) for prompt in prompts])
         forced = self.run(encodings[0].inputs).logits
         steps = self._generate(inputs, 2, output_logits=True, min_new_tokens=0).logits
         return [
@@ -200,9 +194,10 @@ class ModelAdapter:
         """
         texts = [self.prompt_text(prompt, len(shown)) for prompt, shown in zip(prompts, images, strict=True)]
         bos = self.tokenizer.bos_token
-        extra: dict[str, Any] = {}
-        if bos and all(text.startswith(bos) for text in texts):
-            extra["add_special_tokens"] = False
+        have_bos = {bool(bos) and text.startswith(bos) for text in texts}
+        if len(have_bos) > 1:
+            raise ValueError(f"Some prompts begin with {bos} and some do not; they cannot be tokenized together.")
+        extra: dict[str, Any] = {"add_special_tokens": False} if True in have_bos else {}
         if "mm_token_type_ids" in self._reads:
             extra["return_mm_token_type_ids"] = True
         several = len(texts) > 1

@@ -291,8 +291,7 @@ class ActivationRankingCorrelation(Attribution):
         ids = inputs.get("input_ids")
         if self.model is None or not isinstance(ids, Tensor):
             raise ValueError("context needs a transformers model (model=) and inputs with 'input_ids'.")
-        several = not isinstance(positions, Tensor) and any(isinstance(p, Tensor) for p in positions)
-        each = list(positions) if several else [positions]
+        each = [positions] if isinstance(positions, Tensor) else list(positions)
         if ids.ndim != 2 or len(each) != len(ids):
             raise ValueError(
                 f"context needs the positions of each example: {len(each)} for input_ids of shape {tuple(ids.shape)}; "
@@ -300,14 +299,15 @@ class ActivationRankingCorrelation(Attribution):
             )
         rows = [check_positions(p, ids.shape[1]) for p in each]
         mask = inputs.get("attention_mask")
-        padded = isinstance(mask, Tensor) and mask.shape == ids.shape
-        starts = [int(row.argmax()) for row in mask.long()] if padded else [0] * len(rows)
+        if not isinstance(mask, Tensor) or mask.shape != ids.shape:
+            mask = torch.ones_like(ids)
+        starts = mask.long().argmax(dim=1).tolist()
         if outside := [i for i, (row, start) in enumerate(zip(rows, starts, strict=True)) if int(row[0]) < start]:
             raise ValueError(f"Positions lie in the padding on the left of examples {outside}; count it in.")
         model = self.model
         tokens = [ids[i].cpu()[row] for i, row in enumerate(rows)]
         results = self._contexts(lambda: model(**inputs), rows, tokens, starts)
-        return results if several else results[0]
+        return results[0] if isinstance(positions, Tensor) else results
 
     def _contexts(
         self,

@@ -178,6 +178,8 @@ def explain_batch(
         >>> explanations = explain_batch(model, processor, [photo, drawing], "describe the picture.")
         >>> [explanation.answer for explanation in explanations]
     """
+    if isinstance(images, Image.Image):
+        raise TypeError("images must hold one picture, or one list of pictures, per example; got a single picture.")
     asked = [prompts] * len(images) if isinstance(prompts, str) else list(prompts)
     given = [None] * len(images) if answers is None else list(answers)
     if isinstance(answers, str) or not len(images) == len(asked) == len(given):
@@ -246,6 +248,8 @@ def _explain_together(
     explanations: list[Explanation] = []
     for start in range(0, len(pictures), batch_size):
         part = slice(start, start + batch_size)
+        if len(pictures) > batch_size and progress is not None:
+            progress(f"Examples {start + 1} to {min(start + batch_size, len(pictures))} of {len(pictures)}")
         with evaluation_mode(adapter.model):
             ranking = ARC(model=adapter.lens, **(arc if isinstance(arc, Mapping) else {}))
             readings = read_answers(

@@ -224,4 +224,9 @@ def test_errors() -> None:
         explain_batch(model, processor, PICTURES_OF_TWO, ["describe", " "])
     with pytest.raises(ValueError, match="cannot encode 'zebra'"):
         explain_batch(model, processor, PICTURES_OF_TWO, PROMPTS, ["a dog", "a zebra"])
+    with pytest.raises(TypeError, match="got a single picture"):
+        explain_batch(model, processor, PICTURES_OF_TWO[0], "describe")  # type: ignore[arg-type]
     assert explain_batch(model, processor, [], []) == []
+    processor.chat_template = "{{ messages[0]['content'][-1]['text'] }}"
+    with pytest.raises(ValueError, match="Some prompts begin with <s>"):
+        ModelAdapter(model, processor).prepare_batch([[]] * 2, ["<s> describe", "describe"])
