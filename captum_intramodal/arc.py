@@ -285,8 +285,8 @@ class ActivationRankingCorrelation(Attribution):
             *ContextRelevance* for any number of uses, or a list of B of them.
 
         Raises:
-            ValueError: as many positions as not examples, or some that are not increasing, outside the sequence or
-                in the padding.
+            ValueError: another number of positions than of examples; positions that are not increasing, outside the
+                sequence or in its padding.
         """
         ids = inputs.get("input_ids")
         if self.model is None or not isinstance(ids, Tensor):
@@ -303,7 +303,7 @@ class ActivationRankingCorrelation(Attribution):
             mask = torch.ones_like(ids)
         starts = mask.long().argmax(dim=1).tolist()
         if outside := [i for i, (row, start) in enumerate(zip(rows, starts, strict=True)) if int(row[0]) < start]:
-            raise ValueError(f"Positions lie in the padding on the left of examples {outside}; count it in.")
+            raise ValueError(f"Positions of examples {outside} lie in the padding; they count from its beginning on.")
         model = self.model
         tokens = [ids[i].cpu()[row] for i, row in enumerate(rows)]
         results = self._contexts(lambda: model(**inputs), rows, tokens, starts)

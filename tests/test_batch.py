@@ -189,7 +189,7 @@ def test_context_of_a_padded_batch(padded: Any, ranking_position: Any) -> None:
         assert torch.equal(actual.context, expected.context)
     with pytest.raises(ValueError, match="positions of each example: 1 for input_ids"):
         arc.context(batch, positions[0])
-    with pytest.raises(ValueError, match=r"padding on the left of examples \[0\]"):
+    with pytest.raises(ValueError, match=r"examples \[0\] lie in the padding"):
         arc.context(batch, positions)
 
 
