@@ -4,7 +4,7 @@ from captum_intramodal._version import __version__
 from captum_intramodal.adapter import ModelAdapter
 from captum_intramodal.arc import ARC, ActivationRankingCorrelation
 from captum_intramodal.check import CheckReport, check
-from captum_intramodal.explain import explain
+from captum_intramodal.explain import explain, explain_batch
 from captum_intramodal.explanation import Explanation
 from captum_intramodal.logit_lens import LayerLogitLens, LogitLens
 from captum_intramodal.msea import DEFAULT_SCALES, MSEA, MultiScaleExplanationAggregation
@@ -28,6 +28,7 @@ __all__ = [
     "__version__",
     "check",
     "explain",
+    "explain_batch",
     "pairwise_rank_biased_overlap",
     "rank_biased_overlap",
 ]

@@ -2,7 +2,7 @@ r"""A transformers image-text-to-text model and its processor, bound together: p
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from inspect import signature
@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from captum_intramodal.coordinates import PixelMaps
 from captum_intramodal.decoder import input_device
@@ -22,9 +23,10 @@ from captum_intramodal.geometry import (
     image_token_id,
     visual_positions,
 )
+from captum_intramodal.hooks import evaluation_mode
 from captum_intramodal.logit_lens import LogitLens
 
-__all__ = ["Encoding", "ModelAdapter", "check_images"]
+__all__ = ["Encoding", "ModelAdapter", "check_images", "logits_gap"]
 
 # Model types whose processor takes one list of pictures per prompt.
 NESTED_IMAGES = ("idefics",)
@@ -36,26 +38,30 @@ Prompt = str | Sequence[Mapping[str, Any]]
 
 @dataclass(frozen=True)
 class Encoding:
-    """Prompt, pictures and answer as one teacher-forced model input (batch of 1).
+    """Prompt, pictures and answer, teacher-forced: one example of a left-padded batch, which may be of 1.
 
     Attributes:
-        inputs (dict): keyword arguments of the model's forward.
-        input_ids (Tensor): the decoder's tokens, int64 (sequence,), on the CPU.
-        prompt_length (int): number of positions before the answer.
-        visual_positions (Tensor): int64 (V,), on the CPU.
+        inputs (dict): keyword arguments of the model's forward, for the batch.
+        input_ids (Tensor): the decoder's tokens of this example without its padding, int64 (sequence,), on the CPU.
+        prompt_length (int): number of these before the answer.
+        visual_positions (Tensor): int64 (V,), among these, on the CPU.
+        row, batch_size (int): the example's place in the batch, and how many examples that has.
     """
 
     inputs: dict[str, Any]
     input_ids: Tensor
     prompt_length: int
     visual_positions: Tensor
+    row: int = 0
+    batch_size: int = 1
 
     @property
     def answer_ids(self) -> list[int]:
         return self.input_ids[self.prompt_length :].tolist()
 
     def rows(self, states: Tensor) -> Tensor:
-        """The rows of a decoder's states or logits that belong to ``input_ids``; visual tokens may stand before."""
+        """The rows of the example's states or logits that belong to ``input_ids``; padding or visual tokens may stand
+        before."""
         return states[len(states) - len(self.input_ids) :]
 
 
@@ -105,10 +111,41 @@ class ModelAdapter:
             return LogitLens(self.model)
         except (ValueError, TypeError, RuntimeError, IndexError, KeyError, AttributeError):
             # Not every model runs on text alone. All-black pictures are dropped by some.
-            picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8))
-            inputs = self.prepare([picture], "describe")
+            inputs = self.prepare([_noise_picture((64, 64))], "describe")
             ids = [i for i in range(len(self.tokenizer)) if i not in set(self.tokenizer.all_special_ids)]
             return LogitLens(self.model, self._cast(self.encode(inputs, ids[:8]).inputs))
+
+    @cached_property
+    def batches(self) -> bool:
+        """Whether the model says the same of the examples of a left-padded batch as of each alone: tried with two."""
+        if self.is_encoder_decoder:
+            return False
+        frames = 2 if self.video else 1
+        images = [[_noise_picture(size)] * frames for size in ((96, 64), (200, 136))]
+        prompts = ["describe", "describe describe describe"]
+        tolerance = 1e-3 if self.model.dtype in (torch.float32, torch.float64) else 5e-2
+        try:
+            with evaluation_mode(self.model):
+                together = self._try_batch(images, prompts)
+                alone = [self._try_batch([shown], [p])[0] for shown, p in zip(images, prompts, strict=True)]
+        except Exception:  # Whatever a processor or model raises that was not made for batches.
+            return False
+        return all(
+            torch.equal(ids, expected_ids)
+            and all(logits_gap(*pair) <= tolerance for pair in zip(logits, expected, strict=False))
+            for (ids, logits), (expected_ids, expected) in zip(together, alone, strict=True)
+        )
+
+    def _try_batch(self, images: Sequence[Any], prompts: Sequence[str]) -> list[tuple[Tensor, list[Tensor]]]:
+        """Per example its ids, and the logits of an answer (the prompt's words) and of two generated tokens."""
+        inputs = self.prepare_batch(images, prompts)
+        encodings = self.encode_batch(inputs, [self.tokenize_answer(prompt) for prompt in prompts])
+        forced = self.run(encodings[0].inputs).logits
+        steps = self._generate(inputs, 2, output_logits=True, min_new_tokens=0).logits
+        return [
+            (e.input_ids, [e.rows(forced[e.row])[-len(e.answer_ids) :], *(step[e.row] for step in steps)])
+            for e in encodings
+        ]
 
     @property
     def device(self) -> torch.device:
@@ -134,22 +171,75 @@ class ModelAdapter:
 
     def prepare(self, images: Sequence[Image.Image | Tensor], prompt: Prompt) -> dict[str, Any]:
         """Model inputs for a prompt about pictures, as the processor makes them, on the model's device."""
-        text = self.prompt_text(prompt, len(images))
+        return self.prepare_batch([images], [prompt])
+
+    def prepare_batch(
+        self, images: Sequence[Sequence[Image.Image | Tensor]], prompts: Sequence[Prompt]
+    ) -> dict[str, Any]:
+        r"""
+        Model inputs for several prompts, each about pictures of its own, as the processor makes them, left-padded and
+        on the model's device.
+
+        Args:
+
+            images (Sequence[Sequence[PIL.Image.Image]]): The pictures of each prompt.
+            prompts (Sequence): One per example, see :meth:`prompt_text`.
+
+        Returns:
+            *dict*: keyword arguments of the model's forward, with ``input_ids`` (B, sequence).
+
+        Raises:
+            ValueError: a processor that does not pad several prompts on the left. Others raise errors of their own
+                where they cannot stack pictures of different sizes.
+        """
+        texts = [self.prompt_text(prompt, len(shown)) for prompt, shown in zip(prompts, images, strict=True)]
         bos = self.tokenizer.bos_token
-        extra: dict[str, Any] = {"add_special_tokens": False} if bos and text.startswith(bos) else {}
+        have_bos = {bool(bos) and text.startswith(bos) for text in texts}
+        if len(have_bos) > 1:
+            raise ValueError(f"Some prompts begin with {bos} and some do not; they cannot be tokenized together.")
+        extra: dict[str, Any] = {"add_special_tokens": False} if True in have_bos else {}
         if "mm_token_type_ids" in self._reads:
             extra["return_mm_token_type_ids"] = True
+        several = len(texts) > 1
+        if several:
+            extra |= {"padding": True, "padding_side": "left"}
         if self.video:
-            if len(sizes := {frame.shape[1:] if isinstance(frame, Tensor) else frame.size for frame in images}) > 1:
-                raise ValueError(f"The frames of a video must have one size, got {sorted(map(tuple, sizes))}.")
-            extra |= {"videos": [torch.stack([_channels_first(frame) for frame in images])], "do_sample_frames": False}
+            extra |= {"videos": [_stack_frames(frames) for frames in images], "do_sample_frames": False}
         else:
-            nested = self.model.config.model_type in NESTED_IMAGES
-            extra["images"] = [list(images)] if nested else list(images)
-        batch = self.processor(text=[text], return_tensors="pt", **extra)
+            nested = several or self.model.config.model_type in NESTED_IMAGES
+            extra["images"] = [list(shown) for shown in images] if nested else list(images[0])
+        batch = self.processor(text=texts, return_tensors="pt", **extra)
         inputs = {key: value.to(self.device) if isinstance(value, Tensor) else value for key, value in batch.items()}
         inputs.pop("labels", None)
-        return self._begin_decoding(inputs) if self.is_encoder_decoder else inputs
+        if self.is_encoder_decoder:
+            if several:
+                raise ValueError(f"{type(self.model).__name__} is an encoder-decoder; it reads one prompt at a time.")
+            return self._begin_decoding(inputs)
+        if several:
+            mask = inputs.get("attention_mask")
+            if mask is None or mask.shape != inputs["input_ids"].shape or bool((mask.long().diff(dim=1) < 0).any()):
+                raise ValueError(f"{type(self.processor).__name__} does not pad several prompts on the left.")
+        return inputs
+
+    def prepare_together(
+        self, images: Sequence[Sequence[Image.Image | Tensor]], prompts: Sequence[Prompt]
+    ) -> Iterator[tuple[list[int], dict[str, Any]]]:
+        """The numbers of some prompts and their inputs: all in one batch where that says the same as one by one."""
+        if len(prompts) > 1 and self.batches:
+            try:
+                inputs = self.prepare_batch(images, prompts)
+            except Exception:  # These pictures cannot be stacked; an error of the caller's comes again below.
+                pass
+            else:
+                yield list(range(len(prompts))), inputs
+                return
+        for index, (shown, prompt) in enumerate(zip(images, prompts, strict=True)):
+            yield [index], self.prepare(shown, prompt)
+
+    def starts(self, inputs: Mapping[str, Any]) -> list[int]:
+        """Where each prompt of a left-padded batch begins in its sequence."""
+        count, length = self._decoder_ids(inputs).shape
+        return [0] if count == 1 else (length - inputs["attention_mask"].sum(1)).tolist()
 
     def _begin_decoding(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """What an encoder-decoder's decoder reads first: its start token, and the prompt if the encoder does not."""
@@ -176,7 +266,12 @@ class ModelAdapter:
 
     def generate(self, inputs: Mapping[str, Any], max_new_tokens: int = 128) -> list[int]:
         """Greedy answer as token ids, without the tokens that end it."""
-        return self._strip_end(self._generate(inputs, max_new_tokens).sequences[0, self.sequence_length(inputs) :])
+        return self.generate_batch(inputs, max_new_tokens)[0]
+
+    def generate_batch(self, inputs: Mapping[str, Any], max_new_tokens: int = 128) -> list[list[int]]:
+        """Greedy answer to each prompt of a left-padded batch as token ids, without the tokens that end it."""
+        answers = self._generate(inputs, max_new_tokens).sequences[:, self.sequence_length(inputs) :]
+        return [self._strip_end(self._until_end(answer.tolist())) for answer in answers]
 
     def generate_with_logits(self, inputs: Mapping[str, Any], max_new_tokens: int = 128) -> tuple[list[int], Tensor]:
         """Greedy answer with the tokens that end it, and the model's logits for each of them, (tokens, vocabulary)."""
@@ -193,8 +288,8 @@ class ModelAdapter:
 
     @torch.no_grad()
     def _generate(self, inputs: Mapping[str, Any], max_new_tokens: int, **options: Any) -> Any:
-        prompt_ids = self._decoder_ids(inputs)[0]
-        placeholders = prompt_ids[self.visual_positions(prompt_ids)].unique().tolist()
+        prompt_ids = self._decoder_ids(inputs)
+        placeholders = torch.cat([ids[self.visual_positions(ids)] for ids in prompt_ids]).unique().tolist()
         return self.model.generate(
             **self._cast(inputs),
             max_new_tokens=max_new_tokens,
@@ -234,7 +329,8 @@ class ModelAdapter:
         return set(getattr(self.processor.image_processor, "model_input_names", ()))
 
     def visual_positions(self, input_ids: Tensor) -> Tensor:
-        """Positions of the visual tokens, int64 (V,); none where pictures do not enter by placeholders."""
+        """Positions of the visual tokens in one sequence, which may be a row of a left-padded batch, int64 (V,); none
+        where pictures do not enter by placeholders."""
         if self.is_encoder_decoder or image_token_id(self.model) is None:
             return torch.empty(0, dtype=torch.int64, device=input_ids.device)
         return visual_positions(self.model, input_ids)
@@ -243,10 +339,18 @@ class ModelAdapter:
     def _pad_token_id(self) -> int | None:
         return self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.tokenizer.eos_token_id
 
+    @property
+    def _ends(self) -> list[int | None]:
+        eos = getattr(self.model.generation_config, "eos_token_id", None)
+        return eos if isinstance(eos, list) else [eos]
+
+    def _until_end(self, generated: list[int]) -> list[int]:
+        """In a batch, answers that ended early are padded."""
+        return generated[: next((i for i, token in enumerate(generated) if token in self._ends), None)]
+
     def _strip_end(self, answer: Sequence[int] | Tensor) -> list[int]:
         ids = [int(i) for i in answer]
-        eos = getattr(self.model.generation_config, "eos_token_id", None)
-        ends = {*(eos if isinstance(eos, list) else [eos]), self.tokenizer.eos_token_id, self.tokenizer.pad_token_id}
+        ends = {*self._ends, self.tokenizer.eos_token_id, self.tokenizer.pad_token_id}
         while ids and ids[-1] in ends:
             ids = ids[:-1]
         return ids
@@ -276,25 +380,31 @@ class ModelAdapter:
 
     def encode(self, inputs: Mapping[str, Any], answer_ids: Sequence[int]) -> Encoding:
         """Appends an answer to a prompt's inputs for one teacher-forced pass; an encoder-decoder decodes it."""
-        ids = self._decoder_ids(inputs)
-        length = ids.shape[1]
-        answer = torch.tensor([list(answer_ids)], dtype=ids.dtype, device=ids.device)
-        decoded = torch.cat([ids, answer], dim=1)
-        if self.is_encoder_decoder:
-            none = torch.empty(0, dtype=torch.int64)
-            return Encoding({**inputs, "decoder_input_ids": decoded}, decoded[0].cpu(), length, none)
+        return self.encode_batch(inputs, [answer_ids])[0]
+
+    def encode_batch(self, inputs: Mapping[str, Any], answers: Sequence[Sequence[int]]) -> list[Encoding]:
+        """Appends an answer to each prompt of a left-padded batch. All padding stays on the left."""
+        name = "decoder_input_ids" if self.is_encoder_decoder else "input_ids"
+        shape = inputs[name].shape
         extended: dict[str, Any] = dict(inputs)
         for key, value in inputs.items():
             # Whatever runs along the sequence (masks, token types) goes on as at the prompt's last, textual position.
-            along = isinstance(value, Tensor) and value.shape[:2] == (1, length) and not value.is_floating_point()
-            if along and key not in self._picture_keys and key != "input_ids":
-                more = value[:, -1:].expand(1, answer.shape[1], *value.shape[2:])
-                if key == "token_type_ids":
-                    more = more.new_full(more.shape, ANSWER_TYPES.get(self.model.config.model_type, int(value[0, -1])))
-                extended[key] = torch.cat([value, more], dim=1)
-        extended["input_ids"] = decoded
-        visual = self.visual_positions(ids[0]).cpu()
-        return Encoding(extended, extended["input_ids"][0].cpu(), length, visual)
+            along = isinstance(value, Tensor) and value.shape[:2] == shape and not value.is_floating_point()
+            if key == name:
+                more = [torch.tensor(list(answer), dtype=value.dtype, device=value.device) for answer in answers]
+                extended[key] = _append(value, more, self._pad_token_id or 0)
+            elif along and not self.is_encoder_decoder and key not in self._picture_keys:
+                last = value[:, -1:]
+                if key == "token_type_ids" and self.model.config.model_type in ANSWER_TYPES:
+                    last = torch.full_like(last, ANSWER_TYPES[self.model.config.model_type])
+                more = [end.expand(len(answer), *end.shape[1:]) for end, answer in zip(last, answers, strict=True)]
+                extended[key] = _append(value, more, 0)
+        encodings = []
+        for row, (start, answer) in enumerate(zip(self.starts(inputs), answers, strict=True)):
+            length = shape[1] - start
+            ids = extended[name][row, -length - len(answer) :].cpu()
+            encodings.append(Encoding(extended, ids, length, self.visual_positions(ids[:length]), row, shape[0]))
+        return encodings
 
     def geometry(self, image_sizes: Sequence[tuple[int, int]]) -> TokenGeometry:
         """Region of the picture that each visual token stands for, for pictures of these (width, height).
@@ -324,6 +434,31 @@ def check_images(images: Any) -> list[Image.Image]:
             "open a file with PIL.Image.open(path)."
         )
     return [picture.convert("RGB") for picture in pictures]
+
+
+def logits_gap(actual: Tensor, expected: Tensor) -> float:
+    """Mean absolute difference of logits in standard deviations; some models pad or mask the vocabulary."""
+    width = min(actual.shape[-1], expected.shape[-1])
+    actual, expected = actual[..., :width].float().cpu(), expected[..., :width].float().cpu()
+    seen = expected.isfinite() & (expected > torch.finfo(torch.float32).min / 4)
+    return float((actual - expected)[seen].abs().mean() / expected[seen].std())
+
+
+def _append(rows: Tensor, more: Sequence[Tensor], padding: int) -> Tensor:
+    """Each row of a batch with something of its own length after it, left-padded."""
+    longer = [torch.cat([row, end]) for row, end in zip(rows, more, strict=True)]
+    return pad_sequence(longer, batch_first=True, padding_value=padding, padding_side="left")
+
+
+def _noise_picture(size: tuple[int, int]) -> Image.Image:
+    """All-black pictures are dropped by some processors."""
+    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), np.uint8))
+
+
+def _stack_frames(frames: Sequence[Image.Image | Tensor]) -> Tensor:
+    if len(sizes := {frame.shape[1:] if isinstance(frame, Tensor) else frame.size for frame in frames}) > 1:
+        raise ValueError(f"The frames of a video must have one size, got {sorted(map(tuple, sizes))}.")
+    return torch.stack([_channels_first(frame) for frame in frames])
 
 
 def _channels_first(frame: Image.Image | Tensor) -> Tensor:

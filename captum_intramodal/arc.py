@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal, get_args, overload
 
 import torch
 from captum.attr import Attribution
@@ -261,43 +261,73 @@ class ActivationRankingCorrelation(Attribution):
         names = ("k", "p", "normalization", "weighting", "ranking_position", "least_squares", "strength")
         return {"layers": list(self.layers)} | {name: getattr(self, name) for name in names}
 
-    def context(self, inputs: Mapping[str, Any], positions: Tensor) -> ContextRelevance:
+    @overload
+    def context(self, inputs: Mapping[str, Any], positions: Tensor) -> ContextRelevance: ...
+
+    @overload
+    def context(self, inputs: Mapping[str, Any], positions: Sequence[Tensor]) -> list[ContextRelevance]: ...
+
+    def context(
+        self, inputs: Mapping[str, Any], positions: Tensor | Sequence[Tensor]
+    ) -> ContextRelevance | list[ContextRelevance]:
         r"""
         Reads the rankings in one forward pass without gradients and compares them.
 
         Args:
 
-            inputs (Mapping): Keyword arguments of the model's forward for one example, as its processor returns them,
-                        with ``input_ids`` (1, sequence).
-            positions (Tensor): Positions of the text tokens in the sequence, increasing, int64 (T,); all that
-                        may be context, and those to explain.
+            inputs (Mapping): Keyword arguments of the model's forward, as its processor returns them, with
+                        ``input_ids`` (B, sequence); of several examples padded on the left, with ``attention_mask``.
+            positions (Tensor or Sequence[Tensor]): Positions of the text tokens in the sequence, padding included,
+                        increasing, int64 (T,); all that may be context, and those to explain. For one example a
+                        tensor, for a batch a list of B tensors.
 
         Returns:
-            ContextRelevance: for any number of uses.
+            *ContextRelevance* for any number of uses, or a list of B of them.
 
         Raises:
-            ValueError: more than one example, positions that are not increasing or outside the sequence.
+            ValueError: another number of positions than of examples; positions that are not increasing, outside the
+                sequence or in its padding.
         """
         ids = inputs.get("input_ids")
         if self.model is None or not isinstance(ids, Tensor):
             raise ValueError("context needs a transformers model (model=) and inputs with 'input_ids'.")
-        if ids.ndim != 2 or ids.shape[0] != 1:
-            raise ValueError(f"context works on one example, got input_ids of shape {tuple(ids.shape)}.")
-        positions, model = check_positions(positions, ids.shape[1]), self.model
-        return self._context(lambda: model(**inputs), positions, ids[0].cpu()[positions])
+        each = [positions] if isinstance(positions, Tensor) else list(positions)
+        if ids.ndim != 2 or len(each) != len(ids):
+            raise ValueError(
+                f"context needs the positions of each example: {len(each)} for input_ids of shape {tuple(ids.shape)}; "
+                "pass a list of tensors for a batch."
+            )
+        rows = [check_positions(p, ids.shape[1]) for p in each]
+        mask = inputs.get("attention_mask")
+        if not isinstance(mask, Tensor) or mask.shape != ids.shape:
+            mask = torch.ones_like(ids)
+        starts = mask.long().argmax(dim=1).tolist()
+        if outside := [i for i, (row, start) in enumerate(zip(rows, starts, strict=True)) if int(row[0]) < start]:
+            raise ValueError(f"Positions of examples {outside} lie in the padding; they count from its beginning on.")
+        model = self.model
+        tokens = [ids[i].cpu()[row] for i, row in enumerate(rows)]
+        results = self._contexts(lambda: model(**inputs), rows, tokens, starts)
+        return results[0] if isinstance(positions, Tensor) else results
 
-    def _context(self, forward: Callable[[], Any], positions: Tensor, tokens: Tensor) -> ContextRelevance:
+    def _contexts(
+        self,
+        forward: Callable[[], Any],
+        positions: Sequence[Tensor],
+        tokens: Sequence[Tensor],
+        starts: Sequence[int] = (0,),
+    ) -> list[ContextRelevance]:
         # The position before each token too, for rankings at the prediction; the very first token has none.
-        rows = torch.cat([positions, (positions - 1).clamp_min(0)])
+        rows = [torch.cat([p, (p - 1).clamp_min(start)]) for p, start in zip(positions, starts, strict=True)]
         modules = [*self.modules, self.lens.layers[-1]]
 
         def select(hidden: Tensor) -> Tensor:
-            if hidden.shape[0] != 1:
-                raise ValueError(f"ARC reads rankings of one example at a time, got a batch of {hidden.shape[0]}.")
-            return hidden_rows(hidden)[rows.to(hidden.device)]
+            if hidden.ndim == 3 and len(hidden) != len(rows):
+                raise ValueError(f"ARC was given positions of {len(rows)} examples, and a batch of {len(hidden)}.")
+            each = [hidden_rows(hidden, i, len(rows))[row.to(hidden.device)] for i, row in enumerate(rows)]
+            return torch.cat(each)
 
-        *states, last = run_layers(forward, modules, select)
-        return self.compare(states, last, tokens)
+        *states, last = (h.split([len(row) for row in rows]) for h in run_layers(forward, modules, select))
+        return [self.compare([h[i] for h in states], last[i], tokens[i]) for i in range(len(rows))]
 
     def compare(self, states: Sequence[Tensor], last: Tensor, tokens: Tensor) -> ContextRelevance:
         r"""
@@ -408,7 +438,7 @@ class ActivationRankingCorrelation(Attribution):
         )
         positions = check_positions(arc_positions, None)
         tokens = torch.tensor([int(t[-1]) if isinstance(t, tuple) else int(t) for t in targets])
-        context = self._context(lambda: method.forward_func(*forward_args), positions, tokens)
+        (context,) = self._contexts(lambda: method.forward_func(*forward_args), [positions], [tokens])
         maps = []
         for target in targets:
             result = method.attribute(inputs, target=target, additional_forward_args=additional_forward_args, **kwargs)

@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from captum_intramodal.adapter import ModelAdapter, Prompt, check_images
+from captum_intramodal.adapter import ModelAdapter, Prompt, check_images, logits_gap
 from captum_intramodal.geometry import CODE_RASTERS, TokenGeometry, geometry_oracle
 from captum_intramodal.hooks import evaluation_mode
 from captum_intramodal.levels import find_sights, resize_pictures
@@ -191,7 +191,7 @@ def _check_teacher_forcing(adapter: ModelAdapter, picture: Image.Image, prompt: 
     answer, generated = adapter.generate_with_logits(inputs, max_new_tokens=16)
     encoding = adapter.encode(inputs, answer)
     forced = encoding.rows(adapter.run(encoding.inputs).logits[0])[-len(answer) - 1 : -1]
-    gap, tolerance = _gap(forced, generated), _tolerance(adapter.model.dtype)
+    gap, tolerance = logits_gap(forced, generated), _tolerance(adapter.model.dtype)
     return Check(
         "teacher forcing",
         gap <= tolerance,
@@ -199,14 +199,6 @@ def _check_teacher_forcing(adapter: ModelAdapter, picture: Image.Image, prompt: 
         f"({len(answer)} tokens; up to {tolerance:.0%} is rounding)",
         {"gap": gap},
     )
-
-
-def _gap(actual: Tensor, expected: Tensor) -> float:
-    """Mean absolute difference of logits in standard deviations; some models pad or mask the vocabulary."""
-    width = min(actual.shape[-1], expected.shape[-1])
-    actual, expected = actual[..., :width].float().cpu(), expected[..., :width].float().cpu()
-    seen = expected.isfinite() & (expected > torch.finfo(torch.float32).min / 4)
-    return float((actual - expected)[seen].abs().mean() / expected[seen].std())
 
 
 def _tolerance(dtype: torch.dtype) -> float:
@@ -247,7 +239,7 @@ def _check_pixels(adapter: ModelAdapter, picture: Image.Image, prompt: Prompt) -
         logits = forward(pixels)
         (gradient,) = torch.autograd.grad(logits[0, 0, answer[0]], pixels)
     seen = float((gradient != 0).any(dim=1).float().mean())
-    gap = _gap(logits[0].detach(), expected)
+    gap = logits_gap(logits[0].detach(), expected)
     return Check(
         "pixels",
         seen > 0 and gap < 0.1,

@@ -1,4 +1,4 @@
-r"""One call that explains a whole answer."""
+r"""One call that explains a whole answer, or several."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from captum_intramodal.explanation import Explanation
 from captum_intramodal.hooks import evaluation_mode
 from captum_intramodal.levels import Method, Scales, TokenLevel
 from captum_intramodal.msea import Aggregation, check_scales, normalized_weights
-from captum_intramodal.reading import read_answer
+from captum_intramodal.reading import Reading, read_answers
 
-__all__ = ["explain"]
+__all__ = ["explain", "explain_batch"]
 
 
 def explain(
@@ -105,32 +105,183 @@ def explain(
         >>> explanation.heatmap("dog").shape     # (height, width) of the picture
         >>> explanation.to_html("page.html")
     """
-    adapter = ModelAdapter(model, processor, video)
-    model = adapter.model
-    pictures = check_images(images)
+    (explanation,) = _explain_together(
+        ModelAdapter(model, processor, video),
+        [images],
+        [prompt],
+        [answer],
+        1,
+        scales=scales,
+        scale_weights=scale_weights,
+        aggregation=aggregation,
+        arc=arc,
+        crops=crops,
+        method=method,
+        layer=layer,
+        max_new_tokens=max_new_tokens,
+        progress=progress,
+    )
+    _warn_of_dropped([explanation])
+    return explanation
+
+
+def explain_batch(
+    model: PreTrainedModel,
+    processor: Any,
+    images: Sequence[Image.Image | Sequence[Image.Image]],
+    prompts: str | Sequence[Prompt],
+    answers: Sequence[str | Sequence[int] | None] | None = None,
+    batch_size: int = 8,
+    *,
+    scales: Scales = "auto",
+    scale_weights: Sequence[float] | None = None,
+    aggregation: Aggregation = "mean",
+    arc: bool | Mapping[str, Any] | None = True,
+    crops: bool = False,
+    video: bool = False,
+    method: Method = "auto",
+    layer: int = -1,
+    max_new_tokens: int = 128,
+    progress: Callable[[str], None] | None = None,
+) -> list[Explanation]:
+    r"""
+    Explains several answers as :func:`explain` does each, ``batch_size`` of them in one left-padded batch: the model
+    generates the answers together, reads them together, and looks at the pictures of a scale together.
+
+    Whether the model says the same in a batch as alone is tried on two small examples first. Where it does not (as
+    with positions that count from the padding on), or its processor cannot stack these pictures, the examples run one
+    after another. In low precision a padded example is rounded otherwise than alone; an answer may then differ where
+    two words are almost equally likely.
+
+    Args:
+
+        model, processor: See :func:`explain`.
+        images (Sequence): Per example a picture, or the list of its pictures.
+        prompts (str or Sequence): Per example a prompt, as :func:`explain` takes it; or one question for all.
+        answers (Sequence, optional): Per example the answer to explain, as text or token ids, or None for the model's
+                    own.
+                    Default: None, the model's own greedy answers.
+        batch_size (int, optional): Number of examples that run together, which bounds memory.
+                    Default: 8
+        scales, scale_weights, aggregation, arc, crops, video, method, layer, max_new_tokens, progress (optional): See
+                    :func:`explain`; the same for all.
+
+    Returns:
+        *list[Explanation]*: one per example, in their order.
+
+    Raises:
+        TypeError, ValueError: see :func:`explain`; and numbers of pictures, prompts and answers that differ, or a
+            batch size below 1.
+
+    Examples::
+
+        >>> explanations = explain_batch(model, processor, [photo, drawing], "describe the picture.")
+        >>> [explanation.answer for explanation in explanations]
+    """
+    if isinstance(images, Image.Image):
+        raise TypeError("images must hold one picture, or one list of pictures, per example; got a single picture.")
+    asked = [prompts] * len(images) if isinstance(prompts, str) else list(prompts)
+    given = [None] * len(images) if answers is None else list(answers)
+    if isinstance(answers, str) or not len(images) == len(asked) == len(given):
+        raise ValueError(
+            f"{len(images)} images, {len(asked)} prompts and {len(given)} answers do not belong together; pass one of "
+            "each per example."
+        )
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
+    explanations = _explain_together(
+        ModelAdapter(model, processor, video),
+        images,
+        asked,
+        given,
+        batch_size,
+        scales=scales,
+        scale_weights=scale_weights,
+        aggregation=aggregation,
+        arc=arc,
+        crops=crops,
+        method=method,
+        layer=layer,
+        max_new_tokens=max_new_tokens,
+        progress=progress,
+    )
+    _warn_of_dropped(explanations)
+    return explanations
+
+
+def _explain_together(
+    adapter: ModelAdapter,
+    images: Sequence[Image.Image | Sequence[Image.Image]],
+    prompts: Sequence[Prompt],
+    answers: Sequence[str | Sequence[int] | None],
+    batch_size: int,
+    *,
+    scales: Scales,
+    scale_weights: Sequence[float] | None,
+    aggregation: Aggregation,
+    arc: bool | Mapping[str, Any] | None,
+    crops: bool,
+    method: Method,
+    layer: int,
+    max_new_tokens: int,
+    progress: Callable[[str], None] | None,
+) -> list[Explanation]:
+    pictures = [check_images(shown) for shown in images]
     weight_of: dict[float, float] = {}
     if not isinstance(scales, str):
         scales = check_scales(scales)
         weight_of = dict(zip(scales, normalized_weights(scales, scale_weights).tolist(), strict=True))
     elif scale_weights is not None:
         raise ValueError(f"scale_weights need the scales that they belong to; scales is {scales!r}.")
-    suppress = arc is not None and arc is not False
+    settings = {
+        "versions": {"captum_intramodal": __version__, "python": platform.python_version()}
+        | {name: version(name) for name in ("captum", "torch", "transformers")},
+        "model": {
+            "id": str(getattr(adapter.model.config, "_name_or_path", "")),
+            "revision": getattr(adapter.model.config, "_commit_hash", None),
+            "class": type(adapter.model).__name__,
+            "dtype": str(adapter.model.dtype).removeprefix("torch."),
+        },
+        "crops": crops,
+        "layer": layer,
+    }
+    explanations: list[Explanation] = []
+    for start in range(0, len(pictures), batch_size):
+        part = slice(start, start + batch_size)
+        if len(pictures) > batch_size and progress is not None:
+            progress(f"Examples {start + 1} to {min(start + batch_size, len(pictures))} of {len(pictures)}")
+        with evaluation_mode(adapter.model):
+            ranking = ARC(model=adapter.lens, **(arc if isinstance(arc, Mapping) else {}))
+            readings = read_answers(
+                adapter,
+                pictures[part],
+                prompts[part],
+                answers[part],
+                scales,
+                layer,
+                ranking.layers,
+                max_new_tokens,
+                method,
+                crops,
+                progress or _silent,
+            )
+        for reading, answer in zip(readings, answers[part], strict=True):
+            origin = "given" if answer is not None else f"greedy, at most {max_new_tokens} tokens"
+            suppress = arc is not None and arc is not False
+            explanations.append(
+                _explanation(reading, ranking, suppress, weight_of, aggregation, settings | {"answer": origin})
+            )
+    return explanations
 
-    with evaluation_mode(model):
-        ranking = ARC(model=adapter.lens, **(arc if isinstance(arc, Mapping) else {}))
-        reading = read_answer(
-            adapter,
-            pictures,
-            prompt,
-            answer,
-            scales,
-            layer,
-            ranking.layers,
-            max_new_tokens,
-            method,
-            crops,
-            progress or _silent,
-        )
+
+def _explanation(
+    reading: Reading,
+    ranking: ARC,
+    suppress: bool,
+    weight_of: Mapping[float, float],
+    aggregation: Aggregation,
+    settings: dict[str, Any],
+) -> Explanation:
     kept = [level.scale for level in reading.levels]
     kept_weights = [weight_of[scale] for scale in kept] if len(kept) > 1 and weight_of else None
     if kept_weights is not None and not any(kept_weights):
@@ -139,19 +290,13 @@ def explain(
             "another scale a weight."
         )
     weights = normalized_weights(kept, kept_weights)
-    if reading.dropped:
-        warnings.warn(
-            f"Scales {reading.dropped} show the model nothing new and are left out: its processor brings the pictures "
-            "to the same size as another scale.",
-            stacklevel=2,
-        )
     maps = reading.maps(weights, aggregation)
     context = ranking.compare(list(reading.ranking_states.values()), reading.last, reading.text.ids)
     if suppress:
         maps = suppress_together(ranking, maps, context)
     shown = reading.text.shown
     return Explanation(
-        images=pictures,
+        images=reading.pictures,
         prompt=reading.text.prompt,
         answer=reading.text.answer,
         token_ids=reading.text.ids[shown],
@@ -159,34 +304,33 @@ def explain(
         maps=[m[shown] for m in maps],
         relevance=(context.text_activation * context.context)[shown][:, shown],
         probabilities=reading.probabilities,
-        settings={
-            "versions": {"captum_intramodal": __version__, "python": platform.python_version()}
-            | {name: version(name) for name in ("captum", "torch", "transformers")},
-            "model": {
-                "id": str(getattr(model.config, "_name_or_path", "")),
-                "revision": getattr(model.config, "_commit_hash", None),
-                "class": type(model).__name__,
-                "dtype": str(model.dtype).removeprefix("torch."),
-            },
+        settings=settings
+        | {
             "scales": kept,
             "dropped_scales": reading.dropped,
             "scale_weights": [round(w, 6) for w in weights.tolist()],
-            "crops": crops,
             "aggregation": aggregation,
             "method": "logit_lens" if isinstance(reading.levels[0], TokenLevel) else "input_x_gradient",
             "levels": [
                 {
                     "scale": level.scale,
                     "visual_tokens": level.n_visual,
-                    "token_size": level.cell_size(pictures[0].size),
+                    "token_size": level.cell_size(reading.pictures[0].size),
                 }
                 for level in reading.levels
             ],
-            "layer": layer,
             "arc": ranking.settings if suppress else None,
-            "answer": "given" if answer is not None else f"greedy, at most {max_new_tokens} tokens",
         },
     )
+
+
+def _warn_of_dropped(explanations: Sequence[Explanation]) -> None:
+    for dropped in sorted({tuple(explanation.settings["dropped_scales"]) for explanation in explanations} - {()}):
+        warnings.warn(
+            f"Scales {list(dropped)} show the model nothing new and are left out: its processor brings the pictures "
+            "to the same size as another scale.",
+            stacklevel=3,
+        )
 
 
 def suppress_together(arc: ARC, maps: Sequence[Tensor], context: ContextRelevance) -> list[Tensor]:

@@ -36,15 +36,15 @@ def first_tensor(output: Any) -> Tensor:
     return output
 
 
-def hidden_rows(hidden: Tensor) -> Tensor:
-    """Hidden states of the only example, one row per position: (1, T, D) -> (T, D).
+def hidden_rows(hidden: Tensor, row: int = 0, batch: int = 1) -> Tensor:
+    """Hidden states of one example of a batch, one row per position: (B, T, D) -> (T, D).
 
-    Some decoders have several residual streams, (S, 1, T, D) in Gemma 3n and (1, T, S, D) in GLM-5; their features
+    Some decoders have several residual streams, (S, B, T, D) in Gemma 3n and (B, T, S, D) in GLM-5; their features
     stand side by side: (T, S x D).
     """
     if hidden.ndim == 4:
-        return (hidden[0] if hidden.shape[0] == 1 else hidden[:, 0].transpose(0, 1)).flatten(1)
-    return hidden[0]
+        return (hidden[:, row].transpose(0, 1) if hidden.shape[1] == batch else hidden[row]).flatten(1)
+    return hidden[row]
 
 
 def put_rows(hidden: Tensor, rows: Tensor) -> Tensor:

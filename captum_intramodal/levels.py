@@ -26,6 +26,7 @@ __all__ = [
     "Method",
     "PixelLevel",
     "Scales",
+    "Sight",
     "TokenLevel",
     "Windows",
     "find_sights",
@@ -254,13 +255,20 @@ def resize_pictures(pictures: Sequence[Image.Image], sizes: Sequence[tuple[int, 
     ]
 
 
-def visual_states(adapter: ModelAdapter, inputs: Mapping[str, Any], layer: nn.Module) -> Tensor:
-    """Hidden states (V, D) at the visual positions of a prompt. They come before the answer, which is left out."""
-    positions = adapter.visual_positions(inputs["input_ids"])
-    (hidden,) = run_layers(
-        lambda: adapter.run(inputs), [layer], lambda hidden: hidden_rows(hidden)[positions.to(hidden.device)]
-    )
-    return hidden
+def visual_states(adapter: ModelAdapter, inputs: Mapping[str, Any], layer: nn.Module) -> list[Tensor]:
+    """Per prompt of a batch the hidden states (V, D) at its visual positions. They come before the answer, which is
+    left out."""
+    starts = adapter.starts(inputs)
+    positions = [
+        start + adapter.visual_positions(ids[start:]) for start, ids in zip(starts, inputs["input_ids"], strict=True)
+    ]
+
+    def select(hidden: Tensor) -> Tensor:
+        each = [hidden_rows(hidden, row, len(positions))[p.to(hidden.device)] for row, p in enumerate(positions)]
+        return torch.cat(each)
+
+    (hidden,) = run_layers(lambda: adapter.run(inputs), [layer], select)
+    return list(hidden.split([len(p) for p in positions]))
 
 
 def find_sights(

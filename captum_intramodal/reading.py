@@ -1,22 +1,24 @@
-r"""What the model says: one teacher-forced pass over prompt and answer, and one look at the pictures per scale."""
+r"""What the model says: one teacher-forced pass over prompts and answers, and one look at the pictures per scale."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from captum_intramodal.adapter import Encoding, ModelAdapter, Prompt
-from captum_intramodal.geometry import TokenGeometry
+from captum_intramodal.coordinates import PixelMaps, Size
 from captum_intramodal.hooks import hidden_rows, run_layers
 from captum_intramodal.levels import (
     Level,
     Method,
     PixelLevel,
     Scales,
+    Sight,
     TokenLevel,
     Windows,
     find_sights,
@@ -27,7 +29,7 @@ from captum_intramodal.logit_lens import select_layers
 from captum_intramodal.msea import Aggregation, aggregate
 from captum_intramodal.text import decode_pieces, find_spans
 
-__all__ = ["Reading", "TextTokens", "read_answer"]
+__all__ = ["Reading", "TextTokens", "read_answer", "read_answers"]
 
 
 @dataclass(frozen=True)
@@ -109,67 +111,143 @@ def read_answer(
     prompt: Prompt,
     answer: str | Sequence[int] | None,
     scales: Scales,
+    **options: Any,
+) -> Reading:
+    """:func:`read_answers` of one example."""
+    return read_answers(adapter, [pictures], [prompt], [answer], scales, **options)[0]
+
+
+def read_answers(
+    adapter: ModelAdapter,
+    pictures: Sequence[list[Image.Image]],
+    prompts: Sequence[Prompt],
+    answers: Sequence[str | Sequence[int] | None],
+    scales: Scales,
     layer: int = -1,
     ranking_layers: Sequence[int] = (-1,),
     max_new_tokens: int = 128,
     method: Method = "auto",
     crops: bool = False,
     report: Callable[[str], None] = lambda line: None,
-) -> Reading:
-    """Runs the model: generation where no answer is given, one teacher-forced pass, one pass per other scale."""
+) -> list[Reading]:
+    """Runs the model, on all examples together where it can: generation where no answer is given, one teacher-forced
+    pass, one pass per other scale."""
     report("Reading the prompt")
-    prompt_inputs = adapter.prepare(pictures, prompt)
-    if answer is None:
-        report("Generating the answer")
-        answer_ids = adapter.generate(prompt_inputs, max_new_tokens)
-        if not answer_ids:
-            raise ValueError("The model answered nothing; there is no word to explain. Pass an answer.")
-    else:
-        answer_ids = adapter.tokenize_answer(answer)
-    encoding = adapter.encode(prompt_inputs, answer_ids)
-    text = TextTokens.of(adapter, encoding, _shown_prompt(prompt))
+    encodings: list[Encoding] = []
+    texts: list[TextTokens] = []
+    states: list[list[Tensor]] = []
+    layers = select_layers(adapter.lens, [layer, *ranking_layers, -1])
+    for rows, inputs in adapter.prepare_together(pictures, prompts):
+        batch = _with_answers(adapter, inputs, [answers[row] for row in rows], max_new_tokens, report)
+        read = [TextTokens.of(adapter, e, _shown_prompt(prompts[row])) for e, row in zip(batch, rows, strict=True)]
+        report(f"Reading the answer ({sum(len(e.answer_ids) for e in batch)} tokens)")
+        states += _read_states(adapter, batch, read, layers)
+        encodings += batch
+        texts += read
 
     report("Finding out what the model sees of the pictures")
-    sights, dropped = find_sights(adapter, pictures, scales, prompt_inputs, method, crops)
+    found: dict[tuple[Size, ...], tuple[dict[float, Sight], list[float]]] = {}
+    sizes = [tuple(picture.size for picture in shown) for shown in pictures]
+    for i, encoding in enumerate(encodings):
+        if sizes[i] not in found:
+            alone = encoding.inputs if encoding.batch_size == 1 else adapter.prepare(pictures[i], prompts[i])
+            found[sizes[i]] = find_sights(adapter, pictures[i], scales, alone, method, crops)
 
-    report(f"Reading the answer ({len(answer_ids)} tokens)")
-    layers = select_layers(adapter.lens, [layer, *ranking_layers, -1])
-    before = (text.positions - 1).clamp_min(0)
-    rows = torch.cat([encoding.visual_positions, text.positions, before])
-    visual, *states, last = run_layers(
-        lambda: adapter.run(encoding.inputs),
-        layers,
-        lambda hidden: encoding.rows(hidden_rows(hidden))[rows.to(hidden.device)],
-    )
-    seen, n_answer = len(encoding.visual_positions), len(answer_ids)
-    log_probability = adapter.lens.log_probability(last[-n_answer:], text.ids[-n_answer:].to(last.device))
-
-    levels: list[Level] = []
-    for scale, sight in sights.items():
-        if isinstance(sight, TokenGeometry) and scale == 1.0:
-            levels.append(TokenLevel.of(adapter, scale, sight, visual[:seen], text.ids))
-            continue
+    levels: list[list[Level]] = [[] for _ in encodings]
+    for scale in sorted({scale for sights, _ in found.values() for scale in sights}):
         report(f"Looking at scale {scale:g}")
-        if isinstance(sight, Windows):
-            cut = (adapter.prepare(shown, prompt) for shown in sight.show(pictures))
-            hidden = torch.cat([visual_states(adapter, inputs, layers[0]) for inputs in cut])
-            levels.append(TokenLevel.of(adapter, scale, sight.geometry, hidden, text.ids))
-            continue
-        inputs = adapter.prepare(resize_pictures(pictures, sight.image_sizes), prompt)
-        if isinstance(sight, TokenGeometry):
-            levels.append(TokenLevel.of(adapter, scale, sight, visual_states(adapter, inputs, layers[0]), text.ids))
-        else:
-            there = adapter.encode(inputs, answer_ids)
-            levels.append(PixelLevel.of(adapter, scale, sight, there, text_positions(adapter, there)))
-    return Reading(
-        pictures=pictures,
-        text=text,
-        levels=levels,
-        dropped=dropped,
-        ranking_states={index: h[seen:] for index, h in zip(ranking_layers, states, strict=True)},
-        last=last[seen:],
-        probabilities=log_probability.exp().cpu(),
-    )
+        there = {i: found[sizes[i]][0][scale] for i in range(len(encodings)) if scale in found[sizes[i]][0]}
+        looks = _look(
+            adapter, {i: _passes(sight, scale, pictures[i]) for i, sight in there.items()}, prompts, layers[0]
+        )
+        for i, sight in there.items():
+            if isinstance(sight, PixelMaps):
+                inputs = adapter.prepare(resize_pictures(pictures[i], sight.image_sizes), prompts[i])
+                encoding = adapter.encode(inputs, encodings[i].answer_ids)
+                levels[i].append(PixelLevel.of(adapter, scale, sight, encoding, text_positions(adapter, encoding)))
+                continue
+            visual = torch.cat(looks[i]) if looks[i] else states[i][0][: len(encodings[i].visual_positions)]
+            geometry = sight.geometry if isinstance(sight, Windows) else sight
+            levels[i].append(TokenLevel.of(adapter, scale, geometry, visual, texts[i].ids))
+
+    readings = []
+    for i, (encoding, text) in enumerate(zip(encodings, texts, strict=True)):
+        _, *ranked, last = (h[len(encoding.visual_positions) :] for h in states[i])
+        # The answer's tokens, each at the position before it.
+        answer_ids = text.ids[-len(encoding.answer_ids) :]
+        log_probability = adapter.lens.log_probability(last[-len(answer_ids) :], answer_ids.to(last.device))
+        readings.append(
+            Reading(
+                pictures=pictures[i],
+                text=text,
+                levels=levels[i],
+                dropped=found[sizes[i]][1],
+                ranking_states=dict(zip(ranking_layers, ranked, strict=True)),
+                last=last,
+                probabilities=log_probability.exp().cpu(),
+            )
+        )
+    return readings
+
+
+def _with_answers(
+    adapter: ModelAdapter,
+    inputs: Mapping[str, Any],
+    answers: Sequence[str | Sequence[int] | None],
+    max_new_tokens: int,
+    report: Callable[[str], None],
+) -> list[Encoding]:
+    """A batch with its answers, those that are not given from the model."""
+    given = [None if answer is None else adapter.tokenize_answer(answer) for answer in answers]
+    if None in given:
+        report("Generating the answer")
+        generated = adapter.generate_batch(inputs, max_new_tokens)
+        given = [own if ids is None else ids for ids, own in zip(given, generated, strict=True)]
+    answer_ids = [ids for ids in given if ids]
+    if len(answer_ids) < len(given):
+        raise ValueError("The model answered nothing; there is no word to explain. Pass an answer.")
+    return adapter.encode_batch(inputs, answer_ids)
+
+
+def _read_states(
+    adapter: ModelAdapter, batch: Sequence[Encoding], texts: Sequence[TextTokens], layers: Sequence[nn.Module]
+) -> list[list[Tensor]]:
+    """Per example of a batch and per layer the hidden states at the visual tokens, the text tokens and before these."""
+    rows = [
+        torch.cat([e.visual_positions, text.positions, (text.positions - 1).clamp_min(0)])
+        for e, text in zip(batch, texts, strict=True)
+    ]
+
+    def select(hidden: Tensor) -> Tensor:
+        each = [e.rows(hidden_rows(hidden, e.row, e.batch_size)) for e in batch]
+        return torch.cat([h[r.to(hidden.device)] for h, r in zip(each, rows, strict=True)])
+
+    hidden = run_layers(lambda: adapter.run(batch[0].inputs), layers, select)
+    split = [h.split([len(r) for r in rows]) for h in hidden]
+    return [list(each) for each in zip(*split, strict=True)]
+
+
+def _passes(sight: Sight, scale: float, pictures: list[Image.Image]) -> list[list[Image.Image]]:
+    """The pictures of each pass that a scale takes; the pass over the answer has shown the originals' tokens."""
+    if isinstance(sight, Windows):
+        return list(sight.show(pictures))
+    if isinstance(sight, PixelMaps) or scale == 1.0:
+        return []
+    return [resize_pictures(pictures, sight.image_sizes)]
+
+
+def _look(
+    adapter: ModelAdapter, passes: Mapping[int, list[list[Image.Image]]], prompts: Sequence[Prompt], layer: nn.Module
+) -> dict[int, list[Tensor]]:
+    """Per example the hidden states at the visual positions in each of its passes; examples run together."""
+    looks: dict[int, list[Tensor]] = {i: [] for i in passes}
+    for turn in range(max(map(len, passes.values()))):
+        waiting = [i for i, shown in passes.items() if turn < len(shown)]
+        shown = [passes[i][turn] for i in waiting]
+        for rows, inputs in adapter.prepare_together(shown, [prompts[i] for i in waiting]):
+            for row, hidden in zip(rows, visual_states(adapter, inputs, layer), strict=True):
+                looks[waiting[row]].append(hidden)
+    return looks
 
 
 def _shown_prompt(prompt: Prompt) -> str:
