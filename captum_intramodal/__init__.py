@@ -6,6 +6,11 @@ from captum_intramodal.arc import ARC, ActivationRankingCorrelation
 from captum_intramodal.check import CheckReport, check
 from captum_intramodal.explain import explain, explain_batch
 from captum_intramodal.explanation import Explanation
+from captum_intramodal.llm_attribution import (
+    ImageTextInput,
+    MultimodalLLMAttribution,
+    MultimodalLLMAttributionResult,
+)
 from captum_intramodal.logit_lens import LayerLogitLens, LogitLens
 from captum_intramodal.msea import DEFAULT_SCALES, MSEA, MultiScaleExplanationAggregation
 from captum_intramodal.pixels import PixelForward
@@ -19,10 +24,13 @@ __all__ = [
     "ActivationRankingCorrelation",
     "CheckReport",
     "Explanation",
+    "ImageTextInput",
     "LayerLogitLens",
     "LogitLens",
     "ModelAdapter",
     "MultiScaleExplanationAggregation",
+    "MultimodalLLMAttribution",
+    "MultimodalLLMAttributionResult",
     "PixelForward",
     "Word",
     "__version__",

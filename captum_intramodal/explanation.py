@@ -3,6 +3,7 @@ r"""What :func:`captum_intramodal.explain` returns: maps and text relevance of e
 from __future__ import annotations
 
 import json
+import math
 import os
 import tempfile
 from collections.abc import Sequence
@@ -14,11 +15,13 @@ from typing import Any, Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
+from captum.attr import visualization
 from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from captum_intramodal.llm_attribution import MultimodalLLMAttributionResult, grid_segments, number_segments
 from captum_intramodal.report import render_html, write_atomically
 from captum_intramodal.text import Word, group_words
 
@@ -197,6 +200,50 @@ class Explanation:
                 if tokens[-1] < len(values):
                     result[row, column] = float(values[tokens].max())
         return result
+
+    def to_llm_attribution_result(self, grid: tuple[int, int] = (6, 6)) -> MultimodalLLMAttributionResult:
+        r"""
+        The answer's explanation as Captum's ``LLMAttributionResult``, with its plots.
+
+        A region's attribution is the mean of a token's map there, an earlier token's is its relevance: both are logits
+        of the logit lens at a position, clipped at 0. The whole answer's are the sums over its tokens.
+
+        Args:
+
+            grid (tuple[int, int], optional): Rows and columns of regions in each picture.
+                        Default: ``(6, 6)``
+
+        Returns:
+            *MultimodalLLMAttributionResult*: its features are the regions, the prompt's tokens, and the answer's but
+            the last.
+        """
+        answer = slice(self._prompt_count, None)
+        regions = [F.adaptive_avg_pool2d(maps[answer], grid).flatten(1) for maps in self.maps]
+        token_attr = torch.cat([*regions, self.relevance.tril(-1)[answer, :-1]], dim=1)
+        segmentations, names = number_segments([grid_segments(image.size, grid) for image in self.images])
+        return MultimodalLLMAttributionResult(
+            input_tokens=[*names, *self.prompt_tokens, *self.tokens[:-1]],
+            output_tokens=self.tokens,
+            seq_attr=token_attr.sum(0),
+            token_attr=token_attr,
+            images=self.images,
+            segmentations=segmentations,
+        )
+
+    def to_visualization_record(self, index: int | str | Word) -> visualization.VisualizationDataRecord:
+        """The :meth:`text_relevance` of an answer's token or word, as Captum's ``visualize_text`` draws it."""
+        rows, relevance = self._rows(index, "answer"), self.text_relevance(index)
+        text = self.answer[int(self.spans[rows[0], 0]) : int(self.spans[rows[-1], 1])].strip()
+        return visualization.VisualizationDataRecord(
+            word_attributions=relevance,
+            pred_prob=float(self.probabilities[[row - self._prompt_count for row in rows]].prod()),
+            pred_class=text,
+            true_class="",
+            attr_class=text,
+            attr_score=float(relevance.sum()),
+            raw_input_ids=self.earlier_tokens(index),
+            convergence_score=math.nan,
+        )
 
     def to_html(self, path: str | os.PathLike[str]) -> Path:
         """Writes the explanation as one self-contained page that needs no network; returns its path."""
