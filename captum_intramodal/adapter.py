@@ -198,7 +198,7 @@ class ModelAdapter:
         if len(have_bos) > 1:
             raise ValueError(f"Some prompts begin with {bos} and some do not; they cannot be tokenized together.")
         extra: dict[str, Any] = {"add_special_tokens": False} if True in have_bos else {}
-        if "mm_token_type_ids" in self._reads:
+        if "mm_token_type_ids" in self.reads:
             extra["return_mm_token_type_ids"] = True
         several = len(texts) > 1
         if several:
@@ -245,7 +245,7 @@ class ModelAdapter:
         """What an encoder-decoder's decoder reads first: its start token, and the prompt if the encoder does not."""
         inputs.pop("decoder_attention_mask", None)
         prompt = inputs.pop("decoder_input_ids", None)
-        if "input_ids" not in self._reads and "input_ids" in inputs:
+        if "input_ids" not in self.reads and "input_ids" in inputs:
             prompt = inputs.pop("input_ids")
             inputs.pop("attention_mask", None)
         ids = [] if prompt is None else prompt[0].tolist()
@@ -306,7 +306,7 @@ class ModelAdapter:
         )
 
     @cached_property
-    def _reads(self) -> set[str]:
+    def reads(self) -> set[str]:
         """Names of the arguments of the model's forward."""
         return set(signature(self.model.forward).parameters)
 
@@ -338,6 +338,18 @@ class ModelAdapter:
     @property
     def _pad_token_id(self) -> int | None:
         return self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.tokenizer.eos_token_id
+
+    @property
+    def baseline_token(self) -> int:
+        """The token that stands in the place of a removed one: the unknown token, else padding or end.
+
+        Raises:
+            ValueError: the tokenizer has none of them.
+        """
+        for token in (self.tokenizer.unk_token_id, self._pad_token_id):
+            if token is not None:
+                return int(token)
+        raise ValueError(f"{type(self.tokenizer).__name__} has no unknown, padding or end token; name one yourself.")
 
     @property
     def _ends(self) -> list[int | None]:

@@ -2,8 +2,7 @@ r"""Captum's LLM results for pictures and text: of an explanation, or of a pertu
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from copy import copy
 from typing import Any, Literal
 
@@ -26,7 +25,8 @@ from torch import Tensor
 from captum_intramodal._captum import log_usage
 from captum_intramodal.adapter import Encoding, ModelAdapter, Prompt, check_images
 from captum_intramodal.hooks import evaluation_mode
-from captum_intramodal.reading import TextTokens, _shown_prompt
+from captum_intramodal.reading import TextTokens, shown_prompt
+from captum_intramodal.scoring import AnswerScorer
 from captum_intramodal.text import decode_pieces, group_words
 
 __all__ = [
@@ -203,7 +203,7 @@ class ImageTextInput(InterpretableInput):
         self._baselines = [_baseline(image, image_baseline) for image in self.images]
         self._inputs = adapter.prepare(self.images, prompt)
         self._text_key = "input_ids" if "input_ids" in self._inputs else "decoder_input_ids"
-        self._text_baseline = _baseline_token(adapter, text_baseline)
+        self.text_baseline = _baseline_token(adapter, text_baseline)
         words, self._positions = self._text_features(text)
         self._n_regions = len(names)
         self.values = [*names, *words]
@@ -215,7 +215,7 @@ class ImageTextInput(InterpretableInput):
             return [], []
         ids = self._inputs[self._text_key][0]
         encoding = Encoding(self._inputs, ids.cpu(), len(ids), self.adapter.visual_positions(ids).cpu())
-        read = TextTokens.of(self.adapter, encoding, _shown_prompt(self.prompt))
+        read = TextTokens.of(self.adapter, encoding, shown_prompt(self.prompt))
         positions, spans = read.positions[read.shown.bool()], read.spans[read.shown.bool()].tolist()
         if text == "tokens":
             return [read.prompt[a:b].strip() for a, b in spans], list(positions[:, None])
@@ -233,6 +233,12 @@ class ImageTextInput(InterpretableInput):
             Image.fromarray(np.where(absent[segmentation].numpy()[..., None], baseline, np.asarray(image)))
             for image, segmentation, baseline in zip(self.images, self.segmentations, self._baselines, strict=True)
         ]
+
+    def absent_positions(self, perturbed_tensor: Tensor) -> Tensor:
+        """Positions of the prompt's absent tokens, int64."""
+        absent = self._absent(perturbed_tensor)[self._n_regions :].tolist()
+        gone = [positions for positions, away in zip(self._positions, absent, strict=True) if away]
+        return torch.cat([torch.empty(0, dtype=torch.int64), *gone])
 
     def to_model_input(self, perturbed_tensor: Tensor | None = None) -> dict[str, Any]:
         r"""
@@ -257,8 +263,8 @@ class ImageTextInput(InterpretableInput):
         inputs = (
             self._inputs if shown_whole else self.adapter.prepare(self.perturb_images(perturbed_tensor), self.prompt)
         )
-        gone = [p for p, away in zip(self._positions, absent[self._n_regions :].tolist(), strict=True) if away]
-        if not gone:
+        gone = self.absent_positions(perturbed_tensor)
+        if not len(gone):
             return dict(inputs)
         ids = inputs[self._text_key].clone()
         if ids.shape != self._inputs[self._text_key].shape:
@@ -266,7 +272,7 @@ class ImageTextInput(InterpretableInput):
                 f"The processor makes {ids.shape[1]} tokens of the perturbed pictures and prompt, and "
                 f"{self._inputs[self._text_key].shape[1]} of the originals; choose another image_baseline."
             )
-        ids[0, torch.cat(gone).to(ids.device)] = self._text_baseline
+        ids[0, gone.to(ids.device)] = self.text_baseline
         return inputs | {self._text_key: ids}
 
     def _absent(self, perturbed_tensor: Tensor) -> Tensor:
@@ -284,7 +290,7 @@ class MultimodalLLMAttribution(Attribution):
 
     Every perturbation is one teacher-forced pass from its own processor inputs, without a cache, for all tokens of the
     answer together, so that pictures count for all of them. ``perturbations_per_eval`` perturbations run as one batch
-    where the model gives in a batch what it gives alone, which is tried once; else one by one. A combination of
+    where the model says in a batch what it says alone, which is tried once; else one by one. A combination of
     features that occurs again is not run again.
 
     Args:
@@ -397,74 +403,24 @@ class _AnswerForward:
     """(Log-)probability of an answer, and of each of its tokens, as a function of which features are present."""
 
     def __init__(self, adapter: ModelAdapter, inp: ImageTextInput, answer_ids: list[int], as_probability: bool) -> None:
-        self.adapter = adapter
+        self.scorer = AnswerScorer(adapter, inp.prompt, answer_ids)
         self.inp = inp
-        self.answer_ids = answer_ids
         self.as_probability = as_probability
         self.known: dict[Row, Tensor] = {}
-        self.batched: bool | None = None
 
     def __call__(self, features: Tensor) -> Tensor:
         """(B, features) -> (B, 1 + tokens), float32, on the CPU."""
         rows: list[Row] = [tuple(row) for row in (features != 0).tolist()]
-        self._read([row for row in dict.fromkeys(rows) if row not in self.known])
+        new = [row for row in dict.fromkeys(rows) if row not in self.known]
+        if new:
+            self.scorer.batch_size = len(new)
+            pictures = [self.inp.perturb_images(torch.tensor(row)) for row in new]
+            replaced = [self.inp.absent_positions(torch.tensor(row)) for row in new]
+            read = self.scorer.log_probability(pictures, replaced, self.inp.text_baseline)
+            self.known |= zip(new, read, strict=True)
         log_probability = torch.stack([self.known[row] for row in rows])
         values = torch.cat([log_probability.sum(1, keepdim=True), log_probability], dim=1)
         return values.exp() if self.as_probability else values
-
-    def _read(self, rows: list[Row]) -> None:
-        """Runs the model for each row, those of one shape together."""
-        if len(rows) > 1 and self.batched is None:
-            self.batched = self._agrees_in_a_batch()
-        groups: dict[Any, list[Row]] = defaultdict(list)
-        inputs = {row: self._inputs(row) for row in rows if row not in self.known}
-        for row, prepared in inputs.items():
-            groups[_shapes(prepared) if self.batched else row].append(row)
-        for group in groups.values():
-            self.known |= zip(group, self._log_probability([inputs[row] for row in group]), strict=True)
-
-    def _agrees_in_a_batch(self) -> bool:
-        """Whether the model gives for the most different pictures together what it gives for each alone."""
-        extremes: list[Row] = [(present,) * self.inp.n_itp_features for present in (True, False)]
-        for row in extremes:
-            self._read([row] if row not in self.known else [])
-        try:
-            together = self._log_probability([self._inputs(row) for row in extremes])
-        except (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError):
-            return False
-        alone = torch.stack([self.known[row] for row in extremes])
-        # Pictures that leak into each other move the result with what they show, rounding does not.
-        tolerance = 1e-3 * float((alone[0] - alone[1]).abs().max()) + 16 * torch.finfo(self.adapter.model.dtype).eps
-        return together.shape == alone.shape and bool(torch.allclose(together, alone, rtol=0, atol=tolerance))
-
-    def _inputs(self, row: Row) -> dict[str, Any]:
-        inputs = self.adapter.encode(self.inp.to_model_input(torch.tensor([row])), self.answer_ids).inputs
-        if "logits_to_keep" in self.adapter._reads:
-            inputs["logits_to_keep"] = len(self.answer_ids) + 1
-        return inputs
-
-    def _log_probability(self, inputs: Sequence[Mapping[str, Any]]) -> Tensor:
-        """Of the answer's tokens in one pass, float32 (B, tokens)."""
-        with evaluation_mode(self.adapter.model):
-            logits = self.adapter.run(_stack(inputs)).logits[:, -len(self.answer_ids) - 1 : -1]
-            ids = torch.tensor(self.answer_ids, device=logits.device).expand(len(logits), -1)
-            return logits.float().log_softmax(-1).gather(2, ids[..., None])[..., 0].cpu()
-
-
-def _stack(examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Inputs of one example each as those of a batch. Whatever their first dimension counts, examples, pictures, tiles
-    or patches, a batch has them one after the other."""
-    first = examples[0]
-    if len(examples) == 1:
-        return dict(first)
-    return {
-        key: torch.cat([example[key] for example in examples]) if isinstance(value, Tensor) else value
-        for key, value in first.items()
-    }
-
-
-def _shapes(inputs: Mapping[str, Any]) -> tuple[Any, ...]:
-    return tuple((key, value.shape) for key, value in inputs.items() if isinstance(value, Tensor))
 
 
 def grid_segments(size: tuple[int, int], grid: tuple[int, int]) -> Tensor:
@@ -505,8 +461,7 @@ def _baseline_token(adapter: ModelAdapter, baseline: int | str | None) -> int:
     token = tokenizer(baseline, add_special_tokens=False)["input_ids"] if isinstance(baseline, str) else [baseline]
     if len(token) != 1:
         raise ValueError(f"text_baseline must be one token; {baseline!r} are {len(token)}.")
-    defaults = (tokenizer.unk_token_id, adapter._pad_token_id)
-    known = next((int(i) for i in (*token, *defaults) if i is not None), -1)
+    known = adapter.baseline_token if token[0] is None else int(token[0])
     if not 0 <= known < len(tokenizer):
         raise ValueError(f"text_baseline must be a token of the vocabulary of {len(tokenizer)}; got {baseline!r}.")
     return known

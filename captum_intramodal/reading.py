@@ -139,7 +139,7 @@ def read_answers(
     layers = select_layers(adapter.lens, [layer, *ranking_layers, -1])
     for rows, inputs in adapter.prepare_together(pictures, prompts):
         batch = _with_answers(adapter, inputs, [answers[row] for row in rows], max_new_tokens, report)
-        read = [TextTokens.of(adapter, e, _shown_prompt(prompts[row])) for e, row in zip(batch, rows, strict=True)]
+        read = [TextTokens.of(adapter, e, shown_prompt(prompts[row])) for e, row in zip(batch, rows, strict=True)]
         report(f"Reading the answer ({sum(len(e.answer_ids) for e in batch)} tokens)")
         states += _read_states(adapter, batch, read, layers)
         encodings += batch
@@ -250,7 +250,7 @@ def _look(
     return looks
 
 
-def _shown_prompt(prompt: Prompt) -> str:
+def shown_prompt(prompt: Prompt) -> str:
     """What the user wrote: the prompt, or the text of the last message."""
     if isinstance(prompt, str):
         return prompt

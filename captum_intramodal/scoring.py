@@ -36,8 +36,8 @@ class AnswerScorer:
     Examples::
 
         >>> scorer = AnswerScorer(adapter, "describe the picture.", "a dog.")
-        >>> dog = scorer.of_pictures([picture, darker_picture])[:, 1].exp()      # probability of the second token
-        >>> whole = scorer.of_pictures([picture, darker_picture]).sum(1).exp()   # of the whole answer
+        >>> dog = scorer.log_probability([picture, darker_picture])[:, 1].exp()      # probability of the second token
+        >>> whole = scorer.log_probability([picture, darker_picture]).sum(1).exp()   # of the whole answer
     """
 
     def __init__(
@@ -50,16 +50,52 @@ class AnswerScorer:
         self.answer_ids = adapter.tokenize_answer(answer)
         self.batch_size = batch_size
 
-    def of_pictures(self, pictures: Sequence[Pictures]) -> Tensor:
+    @torch.no_grad()
+    def log_probability(
+        self,
+        pictures: Sequence[Pictures],
+        replaced: Sequence[Tensor] | None = None,
+        baseline: int | None = None,
+    ) -> Tensor:
         r"""
         Args:
 
             pictures (Sequence): For each prompt its picture or pictures.
+            replaced (Sequence[Tensor], optional): For each prompt the positions of tokens that another one replaces,
+                        int64: in the decoder's sequence of prompt and answer; of an encoder-decoder in its prompt.
+                        Default: None
+            baseline (int, optional): The token that replaces them.
+                        Default: None, :attr:`ModelAdapter.baseline_token`.
 
         Returns:
-            *Tensor* float32 (len(pictures), tokens of the answer), at most 0, on the CPU.
+            *Tensor* float32 (prompts, tokens of the answer), at most 0, on the CPU. A token of the answer that is
+            replaced keeps its column: the probability of what stood there.
+
+        Raises:
+            ValueError: not as many lists of positions as prompts; or the processor makes prompts of different lengths
+                of the pictures, so that positions have no meaning.
         """
-        return self._score(pictures, None, None)
+        if replaced is not None and len(replaced) != len(pictures):
+            raise ValueError(f"{len(replaced)} lists of positions for {len(pictures)} prompts.")
+        shown = [[p] if isinstance(p, Image.Image) else list(p) for p in pictures]
+        result = torch.empty(len(shown), len(self.answer_ids))
+        lengths = set()
+        with evaluation_mode(self.adapter.model):
+            for start in range(0, len(shown), self.batch_size):
+                part = shown[start : start + self.batch_size]
+                for rows, inputs in self.adapter.prepare_together(part, [self.prompt] * len(part)):
+                    encodings = self.adapter.encode_batch(inputs, [self.answer_ids] * len(rows))
+                    numbers = [start + row for row in rows]
+                    if replaced is not None:
+                        lengths |= {encoding.prompt_length for encoding in encodings}
+                        self._replace(encodings, [replaced[number] for number in numbers], baseline)
+                    result[numbers] = self._read(encodings)
+        if len(lengths) > 1:
+            raise ValueError(
+                f"The processor makes prompts of {sorted(lengths)} tokens of these pictures; positions in one are not "
+                "those in another. Change pictures in a way that keeps their layout, or words only."
+            )
+        return result
 
     def without_tokens(
         self, pictures: Pictures, positions: Tensor, removed: Tensor, baseline: int | None = None
@@ -68,49 +104,36 @@ class AnswerScorer:
         Args:
 
             pictures (PIL.Image.Image or Sequence[PIL.Image.Image]): The prompt's picture or pictures.
-            positions (Tensor): Positions of T text tokens in the sequence, of the prompt or the answer, int64 (T,).
+            positions (Tensor): Positions of T tokens, as in :meth:`log_probability`, int64 (T,).
             removed (Tensor): Which of them each row replaces, bool (N, T).
-            baseline (int, optional): The token that stands in their place.
-                        Default: None, the tokenizer's unknown token; where it has none, its padding or end token.
+            baseline (int, optional): As in :meth:`log_probability`.
 
         Returns:
-            *Tensor* float32 (N, tokens of the answer), at most 0, on the CPU. A token of the answer that is replaced
-            keeps its own column, the probability of what stood there.
+            *Tensor* float32 (N, tokens of the answer), at most 0, on the CPU.
 
         Raises:
-            ValueError: shapes that do not belong together, or an encoder-decoder, whose prompt is another sequence.
+            ValueError: shapes that do not belong together.
         """
-        if self.adapter.is_encoder_decoder:
-            raise ValueError(f"{type(self.adapter.model).__name__} reads prompt and answer as two sequences.")
         if removed.ndim != 2 or removed.dtype != torch.bool or removed.shape[1] != len(positions):
-            raise ValueError(
-                f"removed must be bool (N, {len(positions)}), got {removed.dtype} {tuple(removed.shape)}."
-            )
+            raise ValueError(f"removed must be bool (N, {len(positions)}), got {removed.dtype} {tuple(removed.shape)}.")
+        rows = [positions[row] for row in removed.cpu()]
+        return self.log_probability([pictures] * len(rows), rows, baseline)
+
+    def _replace(self, encodings: Sequence[Encoding], positions: Sequence[Tensor], baseline: int | None) -> None:
         token = self.adapter.baseline_token if baseline is None else baseline
-        return self._score([pictures] * len(removed), [positions[row] for row in removed.cpu()], token)
+        inputs = encodings[0].inputs
+        key = "input_ids" if "input_ids" in inputs else "decoder_input_ids"
+        ids = inputs[key].clone()
+        for encoding, where in zip(encodings, positions, strict=True):
+            padding = 0 if self.adapter.is_encoder_decoder else ids.shape[1] - len(encoding.input_ids)
+            ids[encoding.row, (where + padding).to(ids.device)] = token
+        inputs[key] = ids
 
-    @torch.no_grad()
-    def _score(self, pictures: Sequence[Pictures], replaced: Sequence[Tensor] | None, baseline: int | None) -> Tensor:
+    def _read(self, encodings: Sequence[Encoding]) -> Tensor:
+        """Of the answers, which end the sequences: all padding is on the left."""
         count = len(self.answer_ids)
-        target = torch.tensor(self.answer_ids)
-        result = torch.empty(len(pictures), count)
-        shown = [[p] if isinstance(p, Image.Image) else list(p) for p in pictures]
-        with evaluation_mode(self.adapter.model):
-            for start in range(0, len(shown), self.batch_size):
-                part = shown[start : start + self.batch_size]
-                for rows, inputs in self.adapter.prepare_together(part, [self.prompt] * len(part)):
-                    encodings = self.adapter.encode_batch(inputs, [self.answer_ids] * len(rows))
-                    if replaced is not None:
-                        _replace(encodings, [replaced[start + row] for row in rows], baseline)
-                    # All padding is on the left.
-                    logits = self.adapter.run(encodings[0].inputs).logits[:, -count - 1 : -1].float().log_softmax(-1)
-                    ids = target.to(logits.device).expand(len(rows), -1)
-                    result[[start + row for row in rows]] = logits.gather(2, ids[..., None])[..., 0].cpu()
-        return result
-
-
-def _replace(encodings: Sequence[Encoding], positions: Sequence[Tensor], token: int | None) -> None:
-    ids = encodings[0].inputs["input_ids"]
-    for encoding, where in zip(encodings, positions, strict=True):
-        start = ids.shape[1] - len(encoding.input_ids)
-        ids[encoding.row, (where + start).to(ids.device)] = token
+        # The head need not run over the whole prompt.
+        few = {"logits_to_keep": count + 1} if "logits_to_keep" in self.adapter.reads else {}
+        logits = self.adapter.run(encodings[0].inputs | few).logits[:, -count - 1 : -1].float().log_softmax(-1)
+        ids = torch.tensor(self.answer_ids, device=logits.device).expand(len(encodings), -1)
+        return logits.gather(2, ids[..., None])[..., 0].cpu()

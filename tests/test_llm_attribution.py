@@ -173,6 +173,7 @@ def shapley_by_hand(table: dict[tuple[bool, ...], Tensor]) -> Tensor:
 def test_shapley_values_are_those_of_all_combinations(qwen: ModelAdapter, perturbations: int) -> None:
     image = picture()
     inp = ImageTextInput(qwen, image, "picture", grid=(1, 2))
+    assert qwen.batches
     with counted(qwen.model) as sizes:
         result = MultimodalLLMAttribution(ShapleyValues(qwen.model), qwen).attribute(
             inp, ANSWER, perturbations_per_eval=perturbations
@@ -180,8 +181,8 @@ def test_shapley_values_are_those_of_all_combinations(qwen: ModelAdapter, pertur
     expected = shapley_by_hand(combinations_by_hand(qwen, image))
     assert torch.allclose(result.token_attr, expected, atol=1e-5)
     assert torch.allclose(result.seq_attr, expected.sum(0), atol=1e-5)
-    # Six orders of three features meet eight combinations, which run once each; two more to try a batch.
-    assert sum(sizes) == (8 if perturbations == 1 else 8 + 2)
+    # Six orders of three features meet eight combinations, which run once each.
+    assert sum(sizes) == 8
 
 
 def test_shapley_sampling_draws_anew_and_repeats_with_a_seed(qwen: ModelAdapter) -> None:
@@ -240,20 +241,20 @@ def test_probabilities(qwen: ModelAdapter) -> None:
 def test_batches(llava: ModelAdapter) -> None:
     inp = ImageTextInput(llava, picture(), PROMPT, grid=(2, 4))
     ablation = MultimodalLLMAttribution(FeatureAblation(llava.model), llava)
+    assert llava.batches
     with counted(llava.model) as alone:
         expected = ablation.attribute(inp, ANSWER)
     with counted(llava.model) as together:
         result = ablation.attribute(inp, ANSWER, perturbations_per_eval=4)
     assert alone == [1] * (1 + 11)
-    # The original; all hidden, and both as a batch; then eleven features.
-    assert together == [1, 1, 2, 4, 4, 3]
+    # The original, then eleven features.
+    assert together == [1, 4, 4, 3]
     assert torch.allclose(result.token_attr, expected.token_attr, atol=1e-6)
 
 
 def test_a_model_that_mixes_its_batch_runs_alone(llava: ModelAdapter, monkeypatch: pytest.MonkeyPatch) -> None:
     inp = ImageTextInput(llava, picture(), PROMPT, grid=(2, 4))
-    ablation = MultimodalLLMAttribution(FeatureAblation(llava.model), llava)
-    expected = ablation.attribute(inp, ANSWER)
+    expected = MultimodalLLMAttribution(FeatureAblation(llava.model), llava).attribute(inp, ANSWER)
     forward = llava.model.forward
 
     def first_picture_only(pixel_values: Tensor, **inputs: Any) -> Any:
@@ -266,9 +267,13 @@ def test_a_model_that_mixes_its_batch_runs_alone(llava: ModelAdapter, monkeypatc
 
     for broken in (first_picture_only, no_batches):
         monkeypatch.setattr(llava.model, "forward", broken)
+        adapter = ModelAdapter(llava.model, llava.processor)
+        assert not adapter.batches
+        inp = ImageTextInput(adapter, picture(), PROMPT, grid=(2, 4))
         with counted(llava.model) as sizes:
+            ablation = MultimodalLLMAttribution(FeatureAblation(llava.model), adapter)
             result = ablation.attribute(inp, ANSWER, perturbations_per_eval=4)
-        assert sizes == [1, 1, 2] + [1] * 11
+        assert sizes == [1] * (1 + 11)
         assert torch.equal(result.token_attr, expected.token_attr)
 
 

@@ -1,8 +1,8 @@
 r"""A small image-text-to-text model with its pictures: the tool's main job without a download.
 
 ``CHECKPOINT`` is a complete Hugging Face checkpoint directory (Qwen2-VL architecture, 3 M parameters, trained from
-scratch by ``benchmarks/train_demo.py``); ``PICTURES`` are four example pictures (``compose(seed, (320, 224), 3)`` with
-seeds 15, 34, 54 and 26); :func:`compose` makes any number of others, with exact object masks.
+scratch by ``benchmarks/train_demo.py``); ``PICTURES`` are four example pictures; :func:`compose` makes any number of
+others, with exact object masks.
 """
 
 from __future__ import annotations
