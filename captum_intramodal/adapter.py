@@ -142,13 +142,18 @@ class ModelAdapter:
         if self.video:
             if len(sizes := {frame.shape[1:] if isinstance(frame, Tensor) else frame.size for frame in images}) > 1:
                 raise ValueError(f"The frames of a video must have one size, got {sorted(map(tuple, sizes))}.")
-            extra |= {"videos": [torch.stack([_channels_first(frame) for frame in images])], "do_sample_frames": False}
+            extra |= {
+                "videos": [torch.stack([_channels_first(frame) for frame in images])],
+                "do_sample_frames": False,
+                "return_metadata": True,  # Some write each frame's time into the prompt.
+            }
         else:
             nested = self.model.config.model_type in NESTED_IMAGES
             extra["images"] = [list(images)] if nested else list(images)
         batch = self.processor(text=[text], return_tensors="pt", **extra)
         inputs = {key: value.to(self.device) if isinstance(value, Tensor) else value for key, value in batch.items()}
-        inputs.pop("labels", None)
+        for name in ("labels", "video_metadata"):  # Nothing that the model reads.
+            inputs.pop(name, None)
         return self._begin_decoding(inputs) if self.is_encoder_decoder else inputs
 
     def _begin_decoding(self, inputs: dict[str, Any]) -> dict[str, Any]:

@@ -86,7 +86,8 @@ class TokenGeometry:
             nearest token that does. int64, shape: V.
         image_sizes (tuple): (width, height) of every picture in pixels.
         last_image_index (Tensor, optional): where the model merges successive frames of a video, the last one that each
-            token sees; ``image_index`` is the first. int64, shape: V. None: each token sees one picture.
+            token sees; ``image_index`` is the first. int64, shape: V. None: each token sees one picture. :attr:`frames`
+            has both.
 
     Examples::
 
@@ -105,10 +106,19 @@ class TokenGeometry:
     image_sizes: tuple[Size, ...]
     last_image_index: Tensor | None = None
 
+    @property
+    def frames(self) -> Tensor:
+        """First and last picture, in a video the first and last frame, that each token belongs to; int64, shape: V x 2.
+
+        They differ where the model merges successive frames, as the Qwen-VL and GLM-V types do with every two.
+        """
+        last = self.image_index if self.last_image_index is None else self.last_image_index
+        return torch.stack([self.image_index, last], dim=1)
+
     def sees(self, image: int) -> Tensor:
         """Boolean, shape: V; true where the token belongs to a picture, or to a frame of the video."""
-        last = self.image_index if self.last_image_index is None else self.last_image_index
-        return (self.image_index <= image) & (image <= last)
+        first, last = self.frames.unbind(1)
+        return (first <= image) & (image <= last)
 
     @property
     def is_local(self) -> Tensor:
