@@ -37,6 +37,7 @@ def explain(
     aggregation: Aggregation = "mean",
     arc: bool | Mapping[str, Any] | None = True,
     crops: bool = False,
+    interpolate_pos_encoding: bool = False,
     video: bool = False,
     method: Method = "auto",
     layer: int = -1,
@@ -78,6 +79,10 @@ def explain(
                     do, show it cut-outs instead: 2 x 2 at scale 2, each in a pass of its own. Such levels have smaller
                     tokens; what lies in a cut-out is seen without its surroundings.
                     Default: False
+        interpolate_pos_encoding (bool, optional): Show such a model the whole picture at a larger input size instead,
+                    with more visual tokens, where its vision tower can interpolate its position embeddings. The tower
+                    was not trained at that size.
+                    Default: False
         video (bool, optional): Whether the pictures are the frames of one video, sampled as the model expects them. The
                     explanation shows them as pictures in time; frames that the model merges have the same map.
                     Default: False
@@ -97,7 +102,8 @@ def explain(
 
     Raises:
         TypeError: not an image-text-to-text model, processor or picture.
-        ValueError: empty prompt or answer, words that the tokenizer does not know, scales that are not positive.
+        ValueError: empty prompt or answer, words that the tokenizer does not know, scales that are not positive, an
+            input size that cannot be enlarged.
 
     Examples::
 
@@ -130,6 +136,7 @@ def explain(
             method,
             crops,
             progress or _silent,
+            interpolate_pos_encoding,
         )
     kept = [level.scale for level in reading.levels]
     kept_weights = [weight_of[scale] for scale in kept] if len(kept) > 1 and weight_of else None
@@ -172,6 +179,7 @@ def explain(
             "dropped_scales": reading.dropped,
             "scale_weights": [round(w, 6) for w in weights.tolist()],
             "crops": crops,
+            "interpolate_pos_encoding": interpolate_pos_encoding,
             "aggregation": aggregation,
             "method": "logit_lens" if isinstance(reading.levels[0], TokenLevel) else "input_x_gradient",
             "levels": [

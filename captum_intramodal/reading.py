@@ -10,6 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from captum_intramodal.adapter import Encoding, ModelAdapter, Prompt
+from captum_intramodal.enlarged import Enlarged
 from captum_intramodal.geometry import TokenGeometry
 from captum_intramodal.hooks import hidden_rows, run_layers
 from captum_intramodal.levels import (
@@ -115,6 +116,7 @@ def read_answer(
     method: Method = "auto",
     crops: bool = False,
     report: Callable[[str], None] = lambda line: None,
+    interpolate_pos_encoding: bool = False,
 ) -> Reading:
     """Runs the model: generation where no answer is given, one teacher-forced pass, one pass per other scale."""
     report("Reading the prompt")
@@ -130,7 +132,7 @@ def read_answer(
     text = TextTokens.of(adapter, encoding, _shown_prompt(prompt))
 
     report("Finding out what the model sees of the pictures")
-    sights, dropped = find_sights(adapter, pictures, scales, prompt_inputs, method, crops)
+    sights, dropped = find_sights(adapter, pictures, scales, prompt_inputs, method, crops, interpolate_pos_encoding)
 
     report(f"Reading the answer ({len(answer_ids)} tokens)")
     layers = select_layers(adapter.lens, [layer, *ranking_layers, -1])
@@ -155,12 +157,15 @@ def read_answer(
             hidden = torch.cat([visual_states(adapter, inputs, layers[0]) for inputs in cut])
             levels.append(TokenLevel.of(adapter, scale, sight.geometry, hidden, text.ids))
             continue
-        inputs = adapter.prepare(resize_pictures(pictures, sight.image_sizes), prompt)
+        viewer = adapter
+        if isinstance(sight, Enlarged):
+            viewer, sight = sight.adapter, sight.sight
+        inputs = viewer.prepare(resize_pictures(pictures, sight.image_sizes), prompt)
         if isinstance(sight, TokenGeometry):
-            levels.append(TokenLevel.of(adapter, scale, sight, visual_states(adapter, inputs, layers[0]), text.ids))
+            levels.append(TokenLevel.of(adapter, scale, sight, visual_states(viewer, inputs, layers[0]), text.ids))
         else:
-            there = adapter.encode(inputs, answer_ids)
-            levels.append(PixelLevel.of(adapter, scale, sight, there, text_positions(adapter, there)))
+            there = viewer.encode(inputs, answer_ids)
+            levels.append(PixelLevel.of(viewer, scale, sight, there, text_positions(viewer, there)))
     return Reading(
         pictures=pictures,
         text=text,
