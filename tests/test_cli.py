@@ -11,8 +11,9 @@ from tiny import tiny
 from typer.testing import CliRunner
 
 from captum_intramodal import Explanation
-from captum_intramodal.cli import app
+from captum_intramodal.cli import Method, app
 from captum_intramodal.demo import CHECKPOINT, PICTURES
+from captum_intramodal.levels import METHODS
 
 runner = CliRunner()
 
@@ -97,6 +98,7 @@ def unknown_type(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ({"--answer": "a zebra"}, "cannot encode 'zebra'"),
         ({"--answer": " "}, "answer is empty"),
         ({"--scales": "0"}, "above 0"),
+        ({"--method": "gradcam"}, "--method"),
         ({"--scales": "1,x"}, "numbers separated by commas"),
         ({"--scales": "1,1"}, "different"),
         ({"--scales": "nan"}, "above 0"),
@@ -128,9 +130,55 @@ def test_bad_input_ends_in_one_line(
     assert result.exit_code == 2, result.output
     assert message in " ".join(result.stderr.split())
     assert "Traceback" not in result.output
-    if message != "max-new-tokens":  # typer's own message is a box
+    if message not in ("max-new-tokens", "--method"):  # typer's own message is a box
         assert len(result.stderr.strip().splitlines()) == 1
     assert list(tmp_path.iterdir()) == [], "something is left on disk"
+
+
+def test_explain_with_its_options(picture: Path, tmp_path: Path) -> None:
+    model, processor = tiny("llava")
+    model.save_pretrained(tmp_path / "model")
+    processor.save_pretrained(tmp_path / "model")
+    arguments = ["explain", "--model", str(tmp_path / "model"), "--image", str(picture), "--prompt", "describe"]
+    arguments += ["--answer", "a dog", "--no-arc", "--out", str(tmp_path / "out")]
+    for options, tokens in (
+        (["--scales", "auto"], [64]),
+        (["--scales", "1,2", "--crops"], [64, 256]),
+        (["--interpolate-pos-encoding"], [64, 144, 256]),
+        (["--image", str(picture)], [128]),
+    ):
+        result = runner.invoke(app, [*arguments, *options])
+        assert result.exit_code == 0, result.output
+        assert [level["visual_tokens"] for level in Explanation.load(tmp_path / "out").settings["levels"]] == tokens
+    result = runner.invoke(app, [*arguments, "--method", "input_x_gradient"])
+    assert result.exit_code == 0, result.output
+    assert Explanation.load(tmp_path / "out").settings["method"] == "input_x_gradient"
+
+
+def test_explain_a_video(checkpoint: Path, picture: Path, tmp_path: Path) -> None:
+    arguments = ["explain", "--model", str(checkpoint), *["--image", str(picture)] * 2, "--prompt", "describe"]
+    arguments += ["--answer", "a dog", "--no-arc", "--scales", "1", "--video", "--out", str(tmp_path)]
+    result = runner.invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    first, second = Explanation.load(tmp_path).maps
+    assert (first == second).all()  # merged frames
+
+
+def test_methods_are_those_of_explain() -> None:
+    assert tuple(method.value for method in Method) == METHODS
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["explain", "--help"], ["demo", "--help"], ["check", "--help"]])
+def test_help_imports_nothing_heavy(arguments: list[str]) -> None:
+    program = (
+        "import sys\nfrom captum_intramodal.cli import main\n"
+        "try:\n    main()\nexcept SystemExit as end:\n    assert not end.code\n"
+        "heavy = {'torch', 'transformers', 'captum', 'numpy', 'matplotlib', 'PIL'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    result = subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert "Usage" in result.stdout
 
 
 def test_as_a_module_and_without_arguments() -> None:

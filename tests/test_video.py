@@ -1,11 +1,10 @@
 from __future__ import annotations
 
-import numpy as np
 import pytest
 import torch
 from families import build
 from PIL import Image
-from tiny import tiny
+from tiny import picture, tiny
 
 from captum_intramodal import ModelAdapter, explain
 from captum_intramodal.geometry import geometry_oracle
@@ -31,11 +30,7 @@ MERGED = {
 
 
 def frames(count: int = 4) -> list[Image.Image]:
-    random = np.random.default_rng(5)
-    return [
-        Image.fromarray(random.integers(0, 256, (5, 7, 3), np.uint8)).resize(SIZE, Image.Resampling.BICUBIC)
-        for _ in range(count)
-    ]
+    return [picture(*SIZE, seed) for seed in range(count)]
 
 
 @pytest.mark.parametrize("model_type", MERGED)
