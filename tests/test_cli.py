@@ -1,16 +1,18 @@
 from __future__ import annotations
 
+import inspect
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
 from tiny import tiny
 from typer.testing import CliRunner
 
-from captum_intramodal import Explanation
+from captum_intramodal import Explanation, explain
 from captum_intramodal.cli import Method, app
 from captum_intramodal.demo import CHECKPOINT, PICTURES
 from captum_intramodal.levels import METHODS
@@ -135,24 +137,36 @@ def test_bad_input_ends_in_one_line(
     assert list(tmp_path.iterdir()) == [], "something is left on disk"
 
 
-def test_explain_with_its_options(picture: Path, tmp_path: Path) -> None:
-    model, processor = tiny("llava")
-    model.save_pretrained(tmp_path / "model")
-    processor.save_pretrained(tmp_path / "model")
-    arguments = ["explain", "--model", str(tmp_path / "model"), "--image", str(picture), "--prompt", "describe"]
-    arguments += ["--answer", "a dog", "--no-arc", "--out", str(tmp_path / "out")]
-    for options, tokens in (
-        (["--scales", "auto"], [64]),
-        (["--scales", "1,2", "--crops"], [64, 256]),
-        (["--interpolate-pos-encoding"], [64, 144, 256]),
-        (["--image", str(picture)], [128]),
-    ):
-        result = runner.invoke(app, [*arguments, *options])
-        assert result.exit_code == 0, result.output
-        assert [level["visual_tokens"] for level in Explanation.load(tmp_path / "out").settings["levels"]] == tokens
-    result = runner.invoke(app, [*arguments, "--method", "input_x_gradient"])
-    assert result.exit_code == 0, result.output
-    assert Explanation.load(tmp_path / "out").settings["method"] == "input_x_gradient"
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ([], {"scales": "auto", "crops": False, "interpolate_pos_encoding": False, "method": "auto", "video": False}),
+        (["--scales", "auto", "--crops"], {"scales": "auto", "crops": True}),
+        (["--interpolate-pos-encoding", "--scales", "1,2"], {"interpolate_pos_encoding": True, "scales": (1.0, 2.0)}),
+        (["--method", "input_x_gradient", "--no-arc"], {"method": "input_x_gradient", "arc": False}),
+    ],
+    ids=str,
+)
+def test_options_are_those_of_explain(
+    options: list[str], expected: dict[str, Any], picture: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: dict[str, Any] = {}
+
+    def record(*arguments: Any, **options: Any) -> None:
+        given.update(inspect.signature(explain).bind(*arguments, **options).arguments)
+        raise ValueError("recorded")
+
+    monkeypatch.setattr("captum_intramodal.cli._load", lambda *arguments: (None, None))
+    monkeypatch.setattr("captum_intramodal.explain", record)
+    arguments = ["explain", "--model", "m", "--image", str(picture), "--prompt", "describe", *options]
+    assert "recorded" in runner.invoke(app, arguments).stderr
+    assert {name: given[name] for name in expected} == expected
+
+
+def test_crops_or_a_larger_input_size(picture: Path) -> None:
+    arguments = ["explain", "--model", "m", "--image", str(picture), "--prompt", "describe", "--crops"]
+    result = runner.invoke(app, [*arguments, "--interpolate-pos-encoding"])
+    assert result.exit_code == 2 and "choose one" in result.stderr
 
 
 def test_explain_a_video(checkpoint: Path, picture: Path, tmp_path: Path) -> None:

@@ -34,7 +34,7 @@ if processing_smolvlm.num2words is None:
 
 def picture(width: int = 200, height: int = 136, seed: int = 0) -> Image.Image:
     """A smooth random picture, whose detail no resizing loses."""
-    coarse = np.random.default_rng(seed).integers(0, 256, (max(1, height // 16), max(1, width // 16), 3), np.uint8)
+    coarse = np.random.default_rng(seed).integers(0, 255, (max(1, height // 8), max(1, width // 8), 3), np.uint8)
     return Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
 
 
