@@ -49,8 +49,11 @@ class EnlargedAdapter(ModelAdapter):
         for name in ("image_processor", "video_processor"):
             if (part := getattr(processor, name, None)) is not None:
                 part = copy.copy(part)
-                for attribute in ("size", "crop_size"):
-                    if size := getattr(part, attribute, None):
+                for attribute in ("size", "crop_size", "tile_size"):
+                    size = getattr(part, attribute, None)
+                    if isinstance(size, int):
+                        setattr(part, attribute, enlarged(size))
+                    elif size:
                         lengths = {key: enlarged(length) for key, length in dict(size).items()}
                         setattr(part, attribute, type(size)(**lengths))
                 setattr(processor, name, part)
