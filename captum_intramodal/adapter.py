@@ -204,13 +204,18 @@ class ModelAdapter:
         if several:
             extra |= {"padding": True, "padding_side": "left"}
         if self.video:
-            extra |= {"videos": [_stack_frames(frames) for frames in images], "do_sample_frames": False}
+            extra |= {
+                "videos": [_stack_frames(frames) for frames in images],
+                "do_sample_frames": False,
+                "return_metadata": True,  # Some write each frame's time into the prompt.
+            }
         else:
             nested = several or self.model.config.model_type in NESTED_IMAGES
             extra["images"] = [list(shown) for shown in images] if nested else list(images[0])
         batch = self.processor(text=texts, return_tensors="pt", **extra)
         inputs = {key: value.to(self.device) if isinstance(value, Tensor) else value for key, value in batch.items()}
-        inputs.pop("labels", None)
+        for name in ("labels", "video_metadata"):  # Nothing that the model reads.
+            inputs.pop(name, None)
         if self.is_encoder_decoder:
             if several:
                 raise ValueError(f"{type(self.model).__name__} is an encoder-decoder; it reads one prompt at a time.")

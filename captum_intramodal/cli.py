@@ -8,8 +8,9 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import typer
 from rich.console import Console
@@ -30,8 +31,8 @@ errors = Console(stderr=True, soft_wrap=True)
 
 OutOption = Annotated[Path, typer.Option("--out", help="Directory for index.html, overview.png and the explanation.")]
 ScalesOption = Annotated[
-    str | None,
-    typer.Option("--scales", help="Factors of the picture's size, such as 1,1.5,2. Default: what suits the model."),
+    str,
+    typer.Option("--scales", help="Factors of the picture's size, such as 1,1.5,2; auto takes what suits the model."),
 ]
 ModelOption = Annotated[
     str, typer.Option("--model", help="Directory of a checkpoint, or its id on the Hugging Face hub.")
@@ -41,6 +42,14 @@ DeviceOption = Annotated[str, typer.Option("--device", help="cpu, cuda, ...; aut
 RevisionOption = Annotated[str | None, typer.Option("--revision", help="Branch, tag or commit of a hub checkpoint.")]
 TrustOption = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with the checkpoint.")]
 NoArcOption = Annotated[bool, typer.Option("--no-arc", help="Keep the activation that irrelevant context causes.")]
+
+
+class Method(str, Enum):
+    """Of :data:`captum_intramodal.levels.METHODS`, whose module takes seconds to import."""
+
+    auto = "auto"
+    logit_lens = "logit_lens"
+    input_x_gradient = "input_x_gradient"
 
 
 def fail(message: str) -> NoReturn:
@@ -54,7 +63,7 @@ def demo(
     out: OutOption = Path("captum-intramodal-demo"),
     picture: Annotated[int, typer.Option(help="Which of the example pictures, from 1.", min=1)] = 1,
     prompt: Annotated[str, typer.Option(help="What to ask about it.")] = "describe the picture.",
-    scales: ScalesOption = None,
+    scales: ScalesOption = "auto",
     no_arc: NoArcOption = False,
 ) -> None:
     """Explain an answer of the embedded demo model: no download, no GPU."""
@@ -62,16 +71,22 @@ def demo(
 
     if picture > len(PICTURES):
         fail(f"There are {len(PICTURES)} example pictures; --picture {picture} does not exist.")
-    _explain(str(CHECKPOINT), PICTURES[picture - 1], prompt, None, scales, no_arc, out)
+    _explain(str(CHECKPOINT), [PICTURES[picture - 1]], prompt, scales, out, arc=not no_arc)
 
 
 @app.command()
 def explain(
     model: ModelOption,
-    image: Annotated[Path, typer.Option(help="The picture.")],
+    image: Annotated[list[Path], typer.Option(help="The picture; once more for every further one.")],
     prompt: Annotated[str, typer.Option(help="What to ask about it.")],
     answer: Annotated[str | None, typer.Option(help="The answer to explain. Default: the model's own.")] = None,
-    scales: ScalesOption = None,
+    scales: ScalesOption = "auto",
+    crops: Annotated[bool, typer.Option("--crops", help="Cut-outs where enlarging shows the model nothing.")] = False,
+    interpolate_pos_encoding: Annotated[
+        bool, typer.Option("--interpolate-pos-encoding", help="A larger input size where enlarging shows nothing.")
+    ] = False,
+    method: Annotated[Method, typer.Option(help="Maps at visual tokens, or over the pixels.")] = Method.auto,
+    video: Annotated[bool, typer.Option("--video", help="The pictures are the frames of one video.")] = False,
     no_arc: NoArcOption = False,
     out: OutOption = Path("explanation"),
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer to generate.", min=1)] = 128,
@@ -81,8 +96,22 @@ def explain(
     trust_remote_code: TrustOption = False,
 ) -> None:
     """Explain an answer of an image-text-to-text model of transformers."""
+    if crops and interpolate_pos_encoding:
+        fail("--crops and --interpolate-pos-encoding are two ways to see more of a picture; choose one.")
     _explain(
-        model, image, prompt, answer, scales, no_arc, out, max_new_tokens, dtype, device, revision, trust_remote_code
+        model,
+        image,
+        prompt,
+        scales,
+        out,
+        (dtype, device, revision, trust_remote_code),
+        answer=answer,
+        arc=not no_arc,
+        crops=crops,
+        interpolate_pos_encoding=interpolate_pos_encoding,
+        method=method.value,
+        video=video,
+        max_new_tokens=max_new_tokens,
     )
 
 
@@ -117,43 +146,31 @@ def check(
 
 def _explain(
     model_id: str,
-    image: Path,
+    images: list[Path],
     prompt: str,
-    answer: str | None,
-    scales: str | None,
-    no_arc: bool,
+    scales: str,
     out: Path,
-    max_new_tokens: int = 128,
-    dtype: str = "auto",
-    device: str = "auto",
-    revision: str | None = None,
-    trust_remote_code: bool = False,
+    loading: tuple[str, str, str | None, bool] = ("auto", "auto", None, False),
+    **options: Any,
 ) -> None:
+    """Runs :func:`captum_intramodal.explain` with these options and writes and prints what it returns."""
     # What can be checked without the model is checked before it is loaded.
     factors = _parse_scales(scales)
     if not prompt.strip():
         fail("The prompt is empty; ask the model something about the picture.")
     if out.exists() and not out.is_dir():
         fail(f"{out} is a file; --out must be a directory.")
-    picture = _open_picture(image)
+    pictures = [_open_picture(path) for path in images]
     with console.status("Loading torch and transformers") as status:
         import captum_intramodal
         from captum_intramodal.report import draw_overview
 
         status.update(f"Loading {model_id}")
         with _quiet():
-            model, processor = _load(model_id, dtype, device, revision, trust_remote_code)
+            model, processor = _load(model_id, *loading)
         with _one_line(), _quiet():
             explanation = captum_intramodal.explain(
-                model,
-                processor,
-                picture,
-                prompt,
-                answer,
-                arc=not no_arc,
-                max_new_tokens=max_new_tokens,
-                progress=status.update,
-                scales="auto" if factors is None else factors,
+                model, processor, pictures, prompt, scales=factors, progress=status.update, **options
             )
             status.update("Drawing")
             _write(out, explanation, draw_overview)
@@ -165,13 +182,13 @@ def _explain(
     console.print(f"\nOpen [bold]{page}[/] in a browser; all words on one sheet: {sheet}")
 
 
-def _parse_scales(scales: str | None) -> tuple[float, ...] | None:
-    if scales is None:
-        return None
+def _parse_scales(scales: str) -> tuple[float, ...] | Literal["auto"]:
+    if scales == "auto":
+        return "auto"
     try:
         factors = tuple(float(part) for part in scales.split(","))
     except ValueError:
-        fail(f"--scales takes numbers separated by commas, such as 1,1.5,2; got {scales!r}.")
+        fail(f"--scales takes auto, or numbers separated by commas such as 1,1.5,2; got {scales!r}.")
     if any(not 0 < factor <= 16 for factor in factors) or len(set(factors)) < len(factors):
         fail(f"--scales must be different numbers above 0 and at most 16, got {scales!r}.")
     return factors

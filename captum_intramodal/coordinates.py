@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -44,6 +44,11 @@ class PixelMap:
     gain: Tensor
     image_index: Tensor
     image_sizes: tuple[Size, ...]
+
+    def in_frame_of(self, image_sizes: tuple[Size, ...]) -> PixelMap:
+        """The same elements on the same pictures at other (width, height)s."""
+        scale = (torch.tensor(image_sizes) / torch.tensor(self.image_sizes))[self.image_index].T
+        return replace(self, lower=self.lower * scale, upper=self.upper * scale, image_sizes=image_sizes)
 
     def _cells(self, image: int, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
         """Elements that show a picture, and the cell, counted row by row, that each one's centre lies in."""

@@ -37,6 +37,7 @@ def explain(
     aggregation: Aggregation = "mean",
     arc: bool | Mapping[str, Any] | None = True,
     crops: bool = False,
+    interpolate_pos_encoding: bool = False,
     video: bool = False,
     method: Method = "auto",
     layer: int = -1,
@@ -78,6 +79,10 @@ def explain(
                     do, show it cut-outs instead: 2 x 2 at scale 2, each in a pass of its own. Such levels have smaller
                     tokens; what lies in a cut-out is seen without its surroundings.
                     Default: False
+        interpolate_pos_encoding (bool, optional): Show such a model the whole picture at a larger input size instead,
+                    with more visual tokens, where its vision tower can interpolate its position embeddings. The tower
+                    was not trained at that size.
+                    Default: False
         video (bool, optional): Whether the pictures are the frames of one video, sampled as the model expects them. The
                     explanation shows them as pictures in time; frames that the model merges have the same map.
                     Default: False
@@ -97,7 +102,8 @@ def explain(
 
     Raises:
         TypeError: not an image-text-to-text model, processor or picture.
-        ValueError: empty prompt or answer, words that the tokenizer does not know, scales that are not positive.
+        ValueError: empty prompt or answer, words that the tokenizer does not know, scales that are not positive, an
+            input size that cannot be enlarged.
 
     Examples::
 
@@ -116,6 +122,7 @@ def explain(
         aggregation=aggregation,
         arc=arc,
         crops=crops,
+        interpolate_pos_encoding=interpolate_pos_encoding,
         method=method,
         layer=layer,
         max_new_tokens=max_new_tokens,
@@ -138,6 +145,7 @@ def explain_batch(
     aggregation: Aggregation = "mean",
     arc: bool | Mapping[str, Any] | None = True,
     crops: bool = False,
+    interpolate_pos_encoding: bool = False,
     video: bool = False,
     method: Method = "auto",
     layer: int = -1,
@@ -163,7 +171,8 @@ def explain_batch(
                     Default: None, the model's own greedy answers.
         batch_size (int, optional): Number of examples that run together, which bounds memory.
                     Default: 8
-        scales, scale_weights, aggregation, arc, crops, video, method, layer, max_new_tokens, progress (optional): See
+        scales, scale_weights, aggregation, arc, crops, interpolate_pos_encoding, video, method, layer, max_new_tokens,
+                    progress (optional): See
                     :func:`explain`; the same for all.
 
     Returns:
@@ -200,6 +209,7 @@ def explain_batch(
         aggregation=aggregation,
         arc=arc,
         crops=crops,
+        interpolate_pos_encoding=interpolate_pos_encoding,
         method=method,
         layer=layer,
         max_new_tokens=max_new_tokens,
@@ -221,6 +231,7 @@ def _explain_together(
     aggregation: Aggregation,
     arc: bool | Mapping[str, Any] | None,
     crops: bool,
+    interpolate_pos_encoding: bool,
     method: Method,
     layer: int,
     max_new_tokens: int,
@@ -243,6 +254,7 @@ def _explain_together(
             "dtype": str(adapter.model.dtype).removeprefix("torch."),
         },
         "crops": crops,
+        "interpolate_pos_encoding": interpolate_pos_encoding,
         "layer": layer,
     }
     explanations: list[Explanation] = []
@@ -263,6 +275,7 @@ def _explain_together(
                 max_new_tokens,
                 method,
                 crops,
+                interpolate_pos_encoding,
                 progress or _silent,
             )
         for reading, answer in zip(readings, answers[part], strict=True):

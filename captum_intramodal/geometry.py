@@ -33,7 +33,15 @@ from torch import Tensor, nn
 from torch.ao.nn.quantized.dynamic import Linear as DynamicQuantizedLinear
 from transformers import PreTrainedModel
 
-from captum_intramodal.coordinates import PixelMap, PixelMaps, Prepare, Size, check_sizes, measure_pixels
+from captum_intramodal.coordinates import (
+    NUMBERED_PATCHES,
+    PixelMap,
+    PixelMaps,
+    Prepare,
+    Size,
+    check_sizes,
+    measure_pixels,
+)
 from captum_intramodal.decoder import decoder_layers, input_device
 from captum_intramodal.hooks import evaluation_mode, hidden_rows
 
@@ -86,7 +94,8 @@ class TokenGeometry:
             nearest token that does. int64, shape: V.
         image_sizes (tuple): (width, height) of every picture in pixels.
         last_image_index (Tensor, optional): where the model merges successive frames of a video, the last one that each
-            token sees; ``image_index`` is the first. int64, shape: V. None: each token sees one picture.
+            token sees; ``image_index`` is the first. int64, shape: V. None: each token sees one picture. :attr:`frames`
+            has both.
 
     Examples::
 
@@ -105,10 +114,19 @@ class TokenGeometry:
     image_sizes: tuple[Size, ...]
     last_image_index: Tensor | None = None
 
+    @property
+    def frames(self) -> Tensor:
+        """First and last picture, in a video the first and last frame, that each token belongs to; int64, shape: V x 2.
+
+        They differ where the model merges successive frames, as the Qwen-VL and GLM-V types do with every two.
+        """
+        last = self.image_index if self.last_image_index is None else self.last_image_index
+        return torch.stack([self.image_index, last], dim=1)
+
     def sees(self, image: int) -> Tensor:
         """Boolean, shape: V; true where the token belongs to a picture, or to a frame of the video."""
-        last = self.image_index if self.last_image_index is None else self.last_image_index
-        return (self.image_index <= image) & (image <= last)
+        first, last = self.frames.unbind(1)
+        return (first <= image) & (image <= last)
 
     @property
     def is_local(self) -> Tensor:
@@ -598,32 +616,35 @@ def _model_inputs(model: PreTrainedModel, inputs: Mapping[str, Any]) -> dict[str
 
 
 def _code_raster(pixels: Mapping[str, PixelMap], sizes: tuple[Size, ...], n_tokens: int, ends: int) -> TokenGeometry:
-    """Geometry of tokens that lie row by row over a pixel tensor (pictures, channels, height, width)."""
+    """Geometry of tokens that lie row by row over a pixel tensor (pictures, channels, height, width), whose pictures
+    may be padded below and on the right."""
     (map_,) = pixels.values()
-    n_images, channels, height, width = map_.shape
-    per_image, rest = divmod(n_tokens, n_images)
-    # rows x (columns + ends) tokens, with columns : rows as width : height.
-    rows = [r for r in range(1, height + 1) if r * (round(r * width / height) + ends) == per_image]
-    if rest or n_images != len(sizes) or len(rows) != 1:
-        raise ValueError(f"{n_tokens} codes are no raster over {n_images} pixel tensors of {width} x {height}.")
-    columns = round(rows[0] * width / height)
-    lower, upper = (e.reshape(2, n_images, channels, height, width)[:, :, 0] for e in (map_.lower, map_.upper))
-    # Each token's first and last element of the first row and column of its cell.
-    first_y, first_x = (torch.arange(n) * side // n for n, side in ((rows[0], height), (columns, width)))
-    last_y, last_x = (torch.arange(1, n + 1) * side // n - 1 for n, side in ((rows[0], height), (columns, width)))
-    shape = (n_images, rows[0], columns)
-    boxes = torch.stack(
-        [
-            lower[0][:, :1, first_x].expand(shape),
-            lower[1][:, first_y, :1].expand(shape),
-            upper[0][:, :1, last_x].expand(shape),
-            upper[1][:, last_y, :1].expand(shape),
-        ],
-        dim=-1,
-    )
-    boxes = F.pad(boxes, (0, 0, 0, ends), value=math.nan).reshape(-1, 4)
-    kinds = tuple((("local",) * columns + ("separator",) * ends) * rows[0] * n_images)
-    return TokenGeometry(boxes, kinds, torch.arange(n_images).repeat_interleave(per_image), sizes)
+    shown = (map_.gain != 0).reshape(map_.shape)[:, 0]
+    extents = [(int(s.any(1).sum()), int(s.any(0).sum())) for s in shown]
+
+    def grids(cell: int) -> list[Size]:
+        return [(height // cell, width // cell) for height, width in extents]
+
+    cells = [
+        cell
+        for cell in range(1, min(map(min, extents)) + 1)
+        if not any(height % cell or width % cell for height, width in extents)
+        and sum(rows * (columns + ends) for rows, columns in grids(cell)) == n_tokens
+    ]
+    if len(shown) != len(sizes) or not cells:
+        raise ValueError(f"{n_tokens} codes are no raster over pictures of (height, width) {extents}.")
+    cell = cells[0]
+    lower, upper = (e.reshape(2, *map_.shape)[:, :, 0] for e in (map_.lower, map_.upper))
+    boxes, image_index = [], []
+    kinds: list[str] = []
+    for image, (rows, columns) in enumerate(grids(cell)):
+        low = lower[:, image, ::cell, ::cell][:, :rows, :columns]
+        high = upper[:, image, cell - 1 :: cell, cell - 1 :: cell][:, :rows, :columns]
+        grid = F.pad(torch.cat([low, high]), (0, ends), value=math.nan)
+        boxes.append(grid.flatten(1).T)
+        image_index.append(torch.full((len(boxes[-1]),), image))
+        kinds += (["local"] * columns + ["separator"] * ends) * rows
+    return TokenGeometry(torch.cat(boxes).contiguous(), tuple(kinds), torch.cat(image_index), sizes)
 
 
 def _reduced_sizes(prepare: Prepare, sizes: tuple[Size, ...]) -> tuple[Size, ...]:
@@ -637,6 +658,8 @@ def _reduced_sizes(prepare: Prepare, sizes: tuple[Size, ...]) -> tuple[Size, ...
         return {k: v.shape for k, v in inputs.items() if isinstance(v, Tensor) and v.is_floating_point()}
 
     original = shapes(sizes)
+    if any(key in NUMBERED_PATCHES for key in original):  # As many patches of another picture may lie otherwise.
+        return sizes
     # What the model sees, at least: more where the processor repeats pixels (frames, a thumbnail).
     kept = sum(shape.numel() for shape in original.values()) / 3
     factor = math.floor(math.sqrt(n_pixels / (4 * max(kept, 1))))
@@ -808,10 +831,18 @@ def cached_geometry(
 def cached_pixels(
     model: PreTrainedModel, processor: Any, prepare: Prepare, image_sizes: Sequence[Size], video: bool = False
 ) -> PixelMaps:
-    """As :func:`~captum_intramodal.coordinates.measure_pixels`, measured once for every :func:`geometry_key`."""
+    """As :func:`~captum_intramodal.coordinates.measure_pixels`, measured once for every :func:`geometry_key`.
+
+    Pictures of more than a megapixel that the processor shrinks are measured on smaller ones, as by
+    :func:`measure_geometry`.
+    """
     sizes = check_sizes(image_sizes)
-    key = ("pixels", geometry_key(model, processor, sizes, video))
-    return cast(PixelMaps, _cached(key, lambda: PixelMaps(measure_pixels(prepare, sizes), sizes)))
+
+    def measure() -> PixelMaps:
+        maps = measure_pixels(prepare, _reduced_sizes(prepare, sizes))
+        return PixelMaps({name: map_.in_frame_of(sizes) for name, map_ in maps.items()}, sizes)
+
+    return cast(PixelMaps, _cached(("pixels", geometry_key(model, processor, sizes, video)), measure))
 
 
 def _cached(key: Hashable, make: Callable[[], TokenGeometry | PixelMaps]) -> TokenGeometry | PixelMaps:

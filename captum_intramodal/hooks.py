@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from inspect import signature
 from typing import Any
 
 import torch
@@ -14,6 +15,8 @@ __all__ = [
     "evaluation_mode",
     "first_tensor",
     "hidden_rows",
+    "interpolated_positions",
+    "position_tables",
     "put_rows",
     "replace_first_tensor",
     "run_layers",
@@ -145,3 +148,25 @@ def run_layers(
             "layers that belong to the model that the forward function calls."
         )
     return [outputs[layer] for layer in layers]
+
+
+def position_tables(model: nn.Module) -> list[nn.Module]:
+    """Modules that embed a picture's patches with a table of positions and can interpolate it for other sizes."""
+    name = "interpolate_pos_encoding"
+    tables = [m for m in model.modules() if hasattr(m, name) and isinstance(getattr(m, "patch_size", None), int)]
+    return [m for m in tables if name in signature(m.forward).parameters]
+
+
+@contextmanager
+def interpolated_positions(model: nn.Module) -> Iterator[None]:
+    """Pictures may have another size than the vision tower's own: its position embeddings are interpolated."""
+
+    def ask(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        return args[:1], {**kwargs, "interpolate_pos_encoding": True}
+
+    handles = [table.register_forward_pre_hook(ask, with_kwargs=True) for table in position_tables(model)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from captum_intramodal.adapter import Encoding, ModelAdapter
 from captum_intramodal.canvas import canvas_grid, draw_on_canvas
 from captum_intramodal.coordinates import PixelMaps
+from captum_intramodal.enlarged import Enlarged
 from captum_intramodal.geometry import TokenGeometry
 from captum_intramodal.hooks import hidden_rows, run_layers
 from captum_intramodal.msea import DEFAULT_SCALES, check_scales
@@ -83,7 +84,7 @@ class Windows:
             yield [p.crop((box[0], box[1], box[2], box[3])) if i == image else p for i, p in enumerate(pictures)]
 
 
-Sight = TokenGeometry | PixelMaps | Windows
+Sight = TokenGeometry | PixelMaps | Windows | Enlarged
 
 
 class Level(Protocol):
@@ -278,6 +279,7 @@ def find_sights(
     inputs: Mapping[str, Any],
     method: Method = "auto",
     crops: bool = False,
+    interpolate_pos_encoding: bool = False,
 ) -> tuple[dict[float, Sight], list[float]]:
     r"""
     What the model sees at each scale that shows it something of its own, and the scales that do not.
@@ -295,15 +297,21 @@ def find_sights(
                     Default: ``'auto'``
         crops (bool, optional): Where the model sees nothing more of enlarged pictures, cut them (:class:`Windows`).
                     Default: False
+        interpolate_pos_encoding (bool, optional): Where it sees nothing more of them, enlarge its own input size
+                    (:class:`~captum_intramodal.enlarged.Enlarged`).
+                    Default: False
 
     Returns:
         tuple: sights by scale, and the scales that are left out.
 
     Raises:
-        ValueError: an unknown method, or one that the model cannot do.
+        ValueError: an unknown method, or one that the model cannot do; an input size that cannot be enlarged; both
+            ``crops`` and ``interpolate_pos_encoding``.
     """
     if method not in METHODS:
         raise ValueError(f"method must be one of {', '.join(METHODS)}; got {method!r}.")
+    if crops and interpolate_pos_encoding:
+        raise ValueError("crops and interpolate_pos_encoding are two ways to see more of a picture; choose one.")
     sizes = [picture.size for picture in pictures]
     original, see = _see(adapter, sizes, method)
     kept: dict[float, Sight] = {}
@@ -316,13 +324,18 @@ def find_sights(
         if auto and scale < 1 and len(kept) >= len(DEFAULT_SCALES):
             break
         if shrinks and scale > 1:
-            sight: TokenGeometry | PixelMaps = original
+            sight: TokenGeometry | PixelMaps | Enlarged = original
         else:
             resized = [(max(1, round(width * scale)), max(1, round(height * scale))) for width, height in sizes]
             sight = original if scale == 1.0 else see(resized)
         # A reduction to the same tokens shows the picture without its high frequencies, which one may ask for.
-        twins = [original, *kept.values()] if scale > 1 else kept.values() if auto else []
-        if not any(sight.shows_same(twin) for twin in twins):
+        twins = [original, *kept.values()] if scale > 1 else [*kept.values()] if auto else []
+        repeats = any(sight.shows_same(twin) for twin in twins)
+        if repeats and interpolate_pos_encoding and scale > 1:
+            more_tokens = isinstance(_see(adapter, sizes, "auto")[0], TokenGeometry)
+            sight = Enlarged.of(adapter, sizes, scale, original, more_tokens)
+            repeats = any(sight.shows_same(twin) for twin in twins)
+        if not repeats:
             kept[scale] = sight
         elif crops and scale > 1:
             kept[scale] = Windows.of(adapter, sizes, scale)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from captum_intramodal.adapter import Encoding, ModelAdapter, Prompt
 from captum_intramodal.coordinates import PixelMaps, Size
+from captum_intramodal.enlarged import Enlarged
 from captum_intramodal.hooks import hidden_rows, run_layers
 from captum_intramodal.levels import (
     Level,
@@ -128,6 +129,7 @@ def read_answers(
     max_new_tokens: int = 128,
     method: Method = "auto",
     crops: bool = False,
+    interpolate_pos_encoding: bool = False,
     report: Callable[[str], None] = lambda line: None,
 ) -> list[Reading]:
     """Runs the model, on all examples together where it can: generation where no answer is given, one teacher-forced
@@ -151,20 +153,23 @@ def read_answers(
     for i, encoding in enumerate(encodings):
         if sizes[i] not in found:
             alone = encoding.inputs if encoding.batch_size == 1 else adapter.prepare(pictures[i], prompts[i])
-            found[sizes[i]] = find_sights(adapter, pictures[i], scales, alone, method, crops)
+            found[sizes[i]] = find_sights(adapter, pictures[i], scales, alone, method, crops, interpolate_pos_encoding)
 
     levels: list[list[Level]] = [[] for _ in encodings]
     for scale in sorted({scale for sights, _ in found.values() for scale in sights}):
         report(f"Looking at scale {scale:g}")
         there = {i: found[sizes[i]][0][scale] for i in range(len(encodings)) if scale in found[sizes[i]][0]}
-        looks = _look(
-            adapter, {i: _passes(sight, scale, pictures[i]) for i, sight in there.items()}, prompts, layers[0]
-        )
-        for i, sight in there.items():
+        viewers = {i: sight.adapter if isinstance(sight, Enlarged) else adapter for i, sight in there.items()}
+        seen = {i: sight.sight if isinstance(sight, Enlarged) else sight for i, sight in there.items()}
+        own = {i for i in seen if scale == 1.0 and viewers[i] is adapter}  # The pass over the answer has shown them.
+        passes = {i: [] if i in own else _passes(sight, pictures[i]) for i, sight in seen.items()}
+        looks = _look(viewers, passes, prompts, layers[0])
+        for i, sight in seen.items():
             if isinstance(sight, PixelMaps):
-                inputs = adapter.prepare(resize_pictures(pictures[i], sight.image_sizes), prompts[i])
-                encoding = adapter.encode(inputs, encodings[i].answer_ids)
-                levels[i].append(PixelLevel.of(adapter, scale, sight, encoding, text_positions(adapter, encoding)))
+                inputs = viewers[i].prepare(resize_pictures(pictures[i], sight.image_sizes), prompts[i])
+                encoding = viewers[i].encode(inputs, encodings[i].answer_ids)
+                positions = text_positions(viewers[i], encoding)
+                levels[i].append(PixelLevel.of(viewers[i], scale, sight, encoding, positions))
                 continue
             visual = torch.cat(looks[i]) if looks[i] else states[i][0][: len(encodings[i].visual_positions)]
             geometry = sight.geometry if isinstance(sight, Windows) else sight
@@ -227,26 +232,29 @@ def _read_states(
     return [list(each) for each in zip(*split, strict=True)]
 
 
-def _passes(sight: Sight, scale: float, pictures: list[Image.Image]) -> list[list[Image.Image]]:
-    """The pictures of each pass that a scale takes; the pass over the answer has shown the originals' tokens."""
+def _passes(sight: Sight, pictures: list[Image.Image]) -> list[list[Image.Image]]:
+    """The pictures of each pass without gradients that it takes to see them."""
     if isinstance(sight, Windows):
         return list(sight.show(pictures))
-    if isinstance(sight, PixelMaps) or scale == 1.0:
-        return []
-    return [resize_pictures(pictures, sight.image_sizes)]
+    return [] if isinstance(sight, PixelMaps) else [resize_pictures(pictures, sight.image_sizes)]
 
 
 def _look(
-    adapter: ModelAdapter, passes: Mapping[int, list[list[Image.Image]]], prompts: Sequence[Prompt], layer: nn.Module
+    viewers: Mapping[int, ModelAdapter],
+    passes: Mapping[int, list[list[Image.Image]]],
+    prompts: Sequence[Prompt],
+    layer: nn.Module,
 ) -> dict[int, list[Tensor]]:
     """Per example the hidden states at the visual positions in each of its passes; examples run together."""
     looks: dict[int, list[Tensor]] = {i: [] for i in passes}
     for turn in range(max(map(len, passes.values()))):
         waiting = [i for i, shown in passes.items() if turn < len(shown)]
-        shown = [passes[i][turn] for i in waiting]
-        for rows, inputs in adapter.prepare_together(shown, [prompts[i] for i in waiting]):
-            for row, hidden in zip(rows, visual_states(adapter, inputs, layer), strict=True):
-                looks[waiting[row]].append(hidden)
+        for viewer in dict.fromkeys(viewers[i] for i in waiting):
+            group = [i for i in waiting if viewers[i] is viewer]
+            shown = [passes[i][turn] for i in group]
+            for rows, inputs in viewer.prepare_together(shown, [prompts[i] for i in group]):
+                for row, hidden in zip(rows, visual_states(viewer, inputs, layer), strict=True):
+                    looks[group[row]].append(hidden)
     return looks
 
 

@@ -292,7 +292,10 @@ TABLE: dict[str, Family] = {
     "gemma3": Family(tokens_per_image=16),
     "t5gemma2": Family(tokens_per_image=16),
     "shieldgemma2": Family(tokens_per_image=16, processor_class="Gemma3Processor"),
-    "glm5_next": Family(image=dict(max_image_tokens=64)),
+    "glm5_next": Family(
+        image=dict(max_image_tokens=64),
+        ids={"video_start_token_id": "<|begin_of_video|>", "video_end_token_id": "<|end_of_video|>"},
+    ),
     "glm46v": Family(**_GLM),
     "glm4v": Family(**_GLM),
     "glm_ocr": Family(
@@ -776,10 +779,11 @@ def _processor(model_type: str, row: Family, config: Any) -> Any:
     token = str(getattr(processor, "image_token", "<image>"))
     image = token if row.placeholder is None else row.placeholder
     video = str(getattr(processor, "video_token", None) or "<video>")
+    video = image.replace(token, video) if token in image else video
+    if "<|begin_of_video|>" in tokenizer.get_vocab():  # GLM's tell frames from pictures by it.
+        video = f"<|begin_of_video|>{video}<|end_of_video|>"
     # Between two pictures stands a sign, as in real templates; some models tell pictures apart by it.
-    processor.chat_template = tiny.chat_template(
-        f"{image} ," if image else image, image.replace(token, video) if token in image else video
-    )
+    processor.chat_template = tiny.chat_template(f"{image} ," if image else image, video)
     return processor
 
 

@@ -1,18 +1,21 @@
 from __future__ import annotations
 
+import inspect
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
 from tiny import tiny
 from typer.testing import CliRunner
 
-from captum_intramodal import Explanation
-from captum_intramodal.cli import app
+from captum_intramodal import Explanation, explain
+from captum_intramodal.cli import Method, app
 from captum_intramodal.demo import CHECKPOINT, PICTURES
+from captum_intramodal.levels import METHODS
 
 runner = CliRunner()
 
@@ -97,6 +100,7 @@ def unknown_type(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ({"--answer": "a zebra"}, "cannot encode 'zebra'"),
         ({"--answer": " "}, "answer is empty"),
         ({"--scales": "0"}, "above 0"),
+        ({"--method": "gradcam"}, "--method"),
         ({"--scales": "1,x"}, "numbers separated by commas"),
         ({"--scales": "1,1"}, "different"),
         ({"--scales": "nan"}, "above 0"),
@@ -128,9 +132,67 @@ def test_bad_input_ends_in_one_line(
     assert result.exit_code == 2, result.output
     assert message in " ".join(result.stderr.split())
     assert "Traceback" not in result.output
-    if message != "max-new-tokens":  # typer's own message is a box
+    if message not in ("max-new-tokens", "--method"):  # typer's own message is a box
         assert len(result.stderr.strip().splitlines()) == 1
     assert list(tmp_path.iterdir()) == [], "something is left on disk"
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ([], {"scales": "auto", "crops": False, "interpolate_pos_encoding": False, "method": "auto", "video": False}),
+        (["--scales", "auto", "--crops"], {"scales": "auto", "crops": True}),
+        (["--interpolate-pos-encoding", "--scales", "1,2"], {"interpolate_pos_encoding": True, "scales": (1.0, 2.0)}),
+        (["--method", "input_x_gradient", "--no-arc"], {"method": "input_x_gradient", "arc": False}),
+    ],
+    ids=str,
+)
+def test_options_are_those_of_explain(
+    options: list[str], expected: dict[str, Any], picture: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: dict[str, Any] = {}
+
+    def record(*arguments: Any, **options: Any) -> None:
+        given.update(inspect.signature(explain).bind(*arguments, **options).arguments)
+        raise ValueError("recorded")
+
+    monkeypatch.setattr("captum_intramodal.cli._load", lambda *arguments: (None, None))
+    monkeypatch.setattr("captum_intramodal.explain", record)
+    arguments = ["explain", "--model", "m", "--image", str(picture), "--prompt", "describe", *options]
+    assert "recorded" in runner.invoke(app, arguments).stderr
+    assert {name: given[name] for name in expected} == expected
+
+
+def test_crops_or_a_larger_input_size(picture: Path) -> None:
+    arguments = ["explain", "--model", "m", "--image", str(picture), "--prompt", "describe", "--crops"]
+    result = runner.invoke(app, [*arguments, "--interpolate-pos-encoding"])
+    assert result.exit_code == 2 and "choose one" in result.stderr
+
+
+def test_explain_a_video(checkpoint: Path, picture: Path, tmp_path: Path) -> None:
+    arguments = ["explain", "--model", str(checkpoint), *["--image", str(picture)] * 2, "--prompt", "describe"]
+    arguments += ["--answer", "a dog", "--no-arc", "--scales", "1", "--video", "--out", str(tmp_path)]
+    result = runner.invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    first, second = Explanation.load(tmp_path).maps
+    assert (first == second).all()  # merged frames
+
+
+def test_methods_are_those_of_explain() -> None:
+    assert tuple(method.value for method in Method) == METHODS
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["explain", "--help"], ["demo", "--help"], ["check", "--help"]])
+def test_help_imports_nothing_heavy(arguments: list[str]) -> None:
+    program = (
+        "import sys\nfrom captum_intramodal.cli import main\n"
+        "try:\n    main()\nexcept SystemExit as end:\n    assert not end.code\n"
+        "heavy = {'torch', 'transformers', 'captum', 'numpy', 'matplotlib', 'PIL'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    result = subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert "Usage" in result.stdout
 
 
 def test_as_a_module_and_without_arguments() -> None:

@@ -10,6 +10,7 @@ import torch
 from captum.attr import FeatureAblation
 from families import FAMILIES, LEFT_OUT, answer_logits, build, prepare
 from PIL import Image
+from tiny import picture
 
 from captum_intramodal import (
     ImageTextInput,
@@ -52,11 +53,6 @@ BY_PIXELS = {
 CODES = {"chameleon", "emu3"}
 
 
-def picture(width: int = 320, height: int = 200) -> Image.Image:
-    coarse = np.random.default_rng(3).integers(0, 256, (6, 9, 3), np.uint8)
-    return Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
-
-
 def test_reasons() -> None:
     assert set(NOT_EXPLAINED) <= set(FAMILIES) and set(FAMILIES) > BY_PIXELS
     assert len(FAMILIES) - len(NOT_EXPLAINED) >= 85
@@ -66,14 +62,14 @@ def test_reasons() -> None:
 @pytest.mark.parametrize("model_type", [t for t in FAMILIES if t not in NOT_EXPLAINED])
 def test_explain(model_type: str) -> None:
     model, processor = build(model_type)
-    explanation = explain(model, processor, picture(), "describe the picture", "a red cat", scales=(1.0,))
+    explanation = explain(model, processor, picture(320, 200), "describe the picture", "a red cat", scales=(1.0,))
     assert explanation.settings["method"] == ("input_x_gradient" if model_type in BY_PIXELS else "logit_lens")
     assert explanation.answer.split() == ["a", "red", "cat"]
     assert bool(explanation.maps[0].isfinite().all()) and bool(explanation.maps[0].any())
     if model_type not in BY_PIXELS | CODES:
         bound = ModelAdapter(model, processor)
         prepare = lambda images: bound.prepare(images, "describe")  # noqa: E731
-        assert geometry_oracle(model, prepare, [picture()], bound.geometry([(320, 200)]), blocks=12) >= 0.97
+        assert geometry_oracle(model, prepare, [picture(320, 200)], bound.geometry([(320, 200)]), blocks=12) >= 0.97
 
 
 # Not by this loop: each pass has noise of its own; the tokenizer adds a token to the answer; pictures are nested.
@@ -121,6 +117,6 @@ def test_a_type_in_no_table(model_type: str, monkeypatch: pytest.MonkeyPatch) ->
     for module, name in tables:
         monkeypatch.setattr(module, name, type(getattr(module, name))())
     monkeypatch.setattr(geometry, "_cache", type(geometry._cache)())
-    report = check(*build(model_type), picture())
+    report = check(*build(model_type), picture(320, 200))
     assert report.passed, str(report)
     assert report["geometry"].figures["oracle"] >= 0.97

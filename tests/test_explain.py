@@ -9,18 +9,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from tiny import tiny
+from tiny import picture, tiny
 
 from captum_intramodal import Explanation, ModelAdapter, explain
 from captum_intramodal.canvas import canvas_grid, draw_on_canvas
 from captum_intramodal.text import decode_pieces, find_spans, group_words
 
 FAMILIES = ["qwen2_vl", "qwen2_5_vl", "llava", "smolvlm", "idefics3", "internvl"]
-
-
-def picture(width: int = 200, height: int = 136, seed: int = 0) -> Image.Image:
-    pixels = np.random.default_rng(seed).integers(0, 255, (height // 8, width // 8, 3), dtype=np.uint8)
-    return Image.fromarray(pixels).resize((width, height), Image.Resampling.BICUBIC)
 
 
 @pytest.fixture(scope="module")

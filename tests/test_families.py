@@ -5,15 +5,9 @@ from typing import Any
 import pytest
 import torch
 from families import FAMILIES, LEFT_OUT, answer_logits, build, prepare
-from PIL import Image
-from tiny import WORDS
+from tiny import WORDS, picture
 
 BUILT = [model_type for model_type in FAMILIES if model_type not in LEFT_OUT]
-
-
-def picture(seed: int) -> Image.Image:
-    coarse = torch.randint(0, 256, (5, 8, 3), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
-    return Image.fromarray(coarse.numpy()).resize((640, 400), Image.Resampling.BICUBIC)
 
 
 def word_ids(tokenizer: Any, *words: str) -> list[int]:
@@ -38,7 +32,7 @@ def test_the_picture_reaches_the_words_of_the_answer(model_type: str) -> None:
     assert all(bool(parameter.isfinite().all()) for parameter in model.parameters())
     answer = word_ids(processor.tokenizer, "a", "red", "cat")
     first, second = (
-        answer_logits(model, prepare(model, processor, [picture(seed)], "describe the picture ."), answer)
+        answer_logits(model, prepare(model, processor, [picture(640, 400, seed)], "describe the picture ."), answer)
         for seed in (0, 1)
     )
     assert first.shape[0] == 3

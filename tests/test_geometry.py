@@ -14,15 +14,19 @@ from PIL import Image
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from captum_intramodal import ModelAdapter
 from captum_intramodal import geometry as geometry_module
+from captum_intramodal.coordinates import measure_pixels
 from captum_intramodal.geometry import (
     TokenGeometry,
     cached_geometry,
+    cached_pixels,
     geometry_key,
     geometry_oracle,
     measure_geometry,
     visual_positions,
 )
+from tests.families import build
 from tests.tiny import MODEL_TYPES, tiny
 
 SIZES = [(200, 136), (640, 400), (130, 310)]
@@ -241,6 +245,50 @@ class TestLargePictures:
         sizes = ((1600, 1000),)
         whole = lambda images: {"pixel_values": torch.zeros(1, 3, images[0].height, images[0].width)}  # noqa: E731
         assert geometry_module._reduced_sizes(whole, sizes) == sizes
+
+    def test_pixels_as_well(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        model, processor = tiny("llava")
+        sizes = [(1600, 1000), (900, 1400)]
+        prepare = preparer(processor, n_images=2)
+        shown: list[tuple[int, int]] = []
+
+        def watched(images: list[Image.Image]) -> Any:
+            shown.append(images[0].size)
+            return prepare(images)
+
+        monkeypatch.setattr(geometry_module, "_cache", type(geometry_module._cache)())
+        found = cached_pixels(model, processor, watched, sizes).maps["pixel_values"]
+        assert shown.count((1600, 1000)) == 1 and len(shown) > 5
+        exact = measure_pixels(prepare, sizes)["pixel_values"]
+        assert found.image_sizes == exact.image_sizes == tuple(sizes)
+        assert torch.equal(found.image_index, exact.image_index)
+        for a, b in ((found.lower, exact.lower), (found.upper, exact.upper)):
+            torch.testing.assert_close(a, b, atol=4.0, rtol=0)  # elements are 9 pixels wide
+
+
+def test_codes_of_pictures_of_different_sizes() -> None:
+    model, processor = build("emu3")
+    sizes = [(160, 120), (90, 200)]
+    geometry = ModelAdapter(model, processor).geometry(sizes)
+    # Brought to 104 x 80 and 64 x 136 pixels, codes of 8 pixels; the smaller sides are padded.
+    expected = rows_of(10, 13, *sizes[0]) + rows_of(17, 8, *sizes[1])
+    boxes = torch.tensor([box for row in expected for box in [*row, [math.nan] * 4]])
+    torch.testing.assert_close(geometry.boxes, boxes, atol=0.5, rtol=0, equal_nan=True)
+    assert geometry.kinds == (("local",) * 13 + ("separator",)) * 10 + (("local",) * 8 + ("separator",)) * 17
+    assert geometry.image_index.tolist() == [0] * 140 + [1] * 153
+
+
+def rows_of(rows: int, columns: int, width: int, height: int) -> list[list[list[float]]]:
+    boxes = raster(rows, columns, 0, 0, width, height)
+    return [boxes[columns * row : columns * (row + 1)] for row in range(rows)]
+
+
+def test_frames() -> None:
+    pictures = TokenGeometry(torch.zeros(3, 4), ("local",) * 3, torch.tensor([0, 1, 2]), ((8, 8),) * 3)
+    assert pictures.frames.tolist() == [[0, 0], [1, 1], [2, 2]]
+    video = replace(pictures, image_index=torch.tensor([0, 0, 2]), last_image_index=torch.tensor([1, 1, 2]))
+    assert video.frames.tolist() == [[0, 1], [0, 1], [2, 2]]
+    assert [video.sees(frame).tolist() for frame in range(3)] == [[True, True, False]] * 2 + [[False, False, True]]
 
 
 class TestKinds:

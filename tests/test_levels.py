@@ -1,30 +1,29 @@
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from captum.attr import InputXGradient
-from PIL import Image
-from tiny import tiny
+from families import build
+from tiny import picture, tiny
 from torch import Tensor
 
 from captum_intramodal import ModelAdapter, explain
+from captum_intramodal.coordinates import PixelMaps
+from captum_intramodal.enlarged import Enlarged
+from captum_intramodal.geometry import TokenGeometry, geometry_oracle
+from captum_intramodal.hooks import interpolated_positions, position_tables
 from captum_intramodal.levels import find_sights, input_x_gradient
 from captum_intramodal.reading import read_answer
-
-
-def picture(width: int = 160, height: int = 120) -> Image.Image:
-    coarse = np.random.default_rng(3).integers(0, 256, (5, 7, 3), np.uint8)
-    return Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
 
 
 @pytest.mark.parametrize("model_type", ["llava", "smolvlm"])
 def test_input_x_gradient_is_captums(model_type: str) -> None:
     model, processor = tiny(model_type)
     adapter = ModelAdapter(model, processor)
-    inputs = adapter.prepare([picture()], "describe the picture")
+    inputs = adapter.prepare([picture(160, 120)], "describe the picture")
     encoding = adapter.encode(inputs, adapter.tokenize_answer("a red dog"))
     n = len(encoding.input_ids)
 
@@ -47,14 +46,16 @@ def test_input_x_gradient_is_captums(model_type: str) -> None:
 
 def test_explain_by_pixels() -> None:
     model, processor = tiny("llava")
-    arguments = (model, processor, picture(), "describe the picture", "a red dog")
+    arguments = (model, processor, picture(160, 120), "describe the picture", "a red dog")
     result = explain(*arguments, scales=(0.5, 1.0), arc=None, method="input_x_gradient")
     assert result.settings["method"] == "input_x_gradient"
     assert result.settings["scales"] == [0.5, 1.0]
     assert result.maps[0].shape[1:] == (18, 24)
     assert result.settings["levels"][1]["token_size"] == [6.67, 6.67]
     adapter = ModelAdapter(model, processor)
-    encoding = adapter.encode(adapter.prepare([picture()], "describe the picture"), adapter.tokenize_answer("dog"))
+    encoding = adapter.encode(
+        adapter.prepare([picture(160, 120)], "describe the picture"), adapter.tokenize_answer("dog")
+    )
     alone = explain(*arguments[:4], "dog", scales=(1.0,), arc=None, method="input_x_gradient")
     (attribution,) = input_x_gradient(adapter, encoding, ["pixel_values"], torch.tensor([len(encoding.input_ids) - 1]))
     pixels = adapter.pixel_maps([(160, 120)]).maps["pixel_values"]
@@ -68,7 +69,7 @@ def test_explain_by_pixels() -> None:
 
 def test_the_lens_is_the_default_where_tokens_have_places() -> None:
     model, processor = tiny("smolvlm")
-    arguments = (model, processor, picture(), "describe the picture", "a dog")
+    arguments = (model, processor, picture(160, 120), "describe the picture", "a dog")
     by_default = explain(*arguments, scales=(1.0,))
     assert by_default.settings["method"] == "logit_lens"
     assert torch.equal(by_default.maps[0], explain(*arguments, scales=(1.0,), method="logit_lens").maps[0])
@@ -76,7 +77,7 @@ def test_the_lens_is_the_default_where_tokens_have_places() -> None:
 
 def test_enlargements_that_become_the_same_pixels_are_dropped() -> None:
     adapter = ModelAdapter(*tiny("llava"))
-    pictures = [picture()]
+    pictures = [picture(160, 120)]
     inputs = adapter.prepare(pictures, "describe")
     kept, dropped = find_sights(adapter, pictures, (0.5, 1.0, 1.5), inputs, "input_x_gradient")
     assert list(kept) == [0.5, 1.0] and dropped == [1.5]
@@ -133,7 +134,7 @@ def test_crops_show_parts_of_the_picture_larger() -> None:
 
 def test_crops_only_where_enlarging_shows_nothing() -> None:
     model, processor = tiny("qwen2_vl")
-    arguments = (model, processor, picture(), "describe the picture", "a dog")
+    arguments = (model, processor, picture(160, 120), "describe the picture", "a dog")
     cut, resized = explain(*arguments, scales=(1.0, 1.5), crops=True), explain(*arguments, scales=(1.0, 1.5))
     assert torch.equal(cut.maps[0], resized.maps[0])
 
@@ -146,9 +147,73 @@ def test_crops_of_one_of_two_pictures() -> None:
     assert all(bool(m.any()) and bool(m.isfinite().all()) for m in result.maps)
 
 
+@pytest.mark.parametrize("model_type", ["llava", "paligemma"])
+def test_a_larger_input_size_shows_the_whole_picture_in_more_tokens(model_type: str) -> None:
+    model, processor = build(model_type)
+    adapter, whole = ModelAdapter(model, processor), picture(120, 120)
+    inputs = adapter.prepare([whole], "describe")
+    size = dict(processor.image_processor.size)
+    kept, dropped = find_sights(adapter, [whole], (1.0, 1.5, 2.0), inputs, interpolate_pos_encoding=True)
+    assert list(kept) == [1.0, 1.5, 2.0] and dropped == []
+    for scale, tokens in ((1.5, 12), (2.0, 16)):
+        larger = kept[scale]
+        assert isinstance(larger, Enlarged) and isinstance(larger.sight, TokenGeometry)
+        assert len(larger.sight.kinds) == tokens**2
+        assert larger.sight.token_size == pytest.approx((120 / tokens,) * 2, abs=0.1)
+        with interpolated_positions(model):
+            prepare = partial(larger.adapter.prepare, prompt="describe")
+            assert geometry_oracle(model, prepare, [whole], larger.sight, blocks=12) == 1.0
+    arguments = (model, processor, whole, "describe the picture", "a red dog")
+    result = explain(*arguments, scales=(1.0, 2.0), interpolate_pos_encoding=True)
+    first, second = result.settings["levels"]
+    assert (first["visual_tokens"], second["visual_tokens"]) == (64, 256)
+    assert second["token_size"] == pytest.approx([7.5, 7.5], abs=0.1)
+    # Model and processor are as they were.
+    assert dict(processor.image_processor.size) == size
+    assert not any(table._forward_pre_hooks for table in position_tables(model))
+    torch.testing.assert_close(adapter.run(inputs).logits, adapter.run(adapter.prepare([whole], "describe")).logits)
+
+
+def test_positions_are_those_that_transformers_interpolates() -> None:
+    model, _ = tiny("llava")
+    (table,) = position_tables(model)
+    pixels = torch.randn(1, 3, 168, 168)
+    with interpolated_positions(model):
+        ours = table(pixels)
+    assert torch.equal(ours, table(pixels, interpolate_pos_encoding=True))
+    with pytest.raises(ValueError, match="doesn't match model"):
+        table(pixels)
+
+
+def test_a_larger_input_size_for_maps_over_the_pixels() -> None:
+    model, processor = build("git")
+    adapter, whole = ModelAdapter(model, processor), picture(160, 120)
+    arguments = ([whole], (1.0, 2.0), adapter.prepare([whole], "describe"))
+    larger = find_sights(adapter, *arguments, interpolate_pos_encoding=True)[0][2.0]
+    assert isinstance(larger, Enlarged) and isinstance(larger.sight, PixelMaps)
+    assert larger.sight.maps["pixel_values"].shape == (1, 3, 256, 256)
+    both = read_answer(adapter, [whole], "describe", "a dog", (1.0, 2.0), interpolate_pos_encoding=True).levels
+    assert [level.scale for level in both] == [1.0, 2.0]
+    assert not torch.equal(*(level.draw(0, whole.size, (18, 24)) for level in both))
+
+
+def test_where_the_input_size_cannot_be_enlarged() -> None:
+    whole = picture(160, 120)
+    for model_type, reason in (("smolvlm", "no part of it takes interpolate_pos_encoding"), ("gemma3", "invalid for")):
+        with pytest.raises(
+            ValueError, match=rf"cannot see pictures at 1.5 times its input size: .*{reason}.*crops=True"
+        ):
+            explain(*build(model_type), whole, "describe", "a dog", scales=(1.0, 1.5), interpolate_pos_encoding=True)
+    model, processor = tiny("llava")
+    with pytest.raises(ValueError, match="choose one"):
+        explain(model, processor, whole, "describe", "a dog", crops=True, interpolate_pos_encoding=True)
+    # Nothing to do where the model sees more of an enlarged picture anyway.
+    explain(*tiny("qwen2_vl"), whole, "describe", "a dog", scales=(1.0, 1.5), interpolate_pos_encoding=True)
+
+
 def test_errors(monkeypatch: pytest.MonkeyPatch) -> None:
     model, processor = tiny("llava")
-    arguments: Any = (model, processor, picture(), "describe the picture", "a dog")
+    arguments: Any = (model, processor, picture(160, 120), "describe the picture", "a dog")
     with pytest.raises(ValueError, match="method must be one of"):
         explain(*arguments, method="gradcam")  # type: ignore[arg-type]
 

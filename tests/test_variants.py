@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
-from tiny import tiny
+from tiny import picture, tiny
 
 from captum_intramodal import Explanation, explain
 from captum_intramodal import geometry as geometry_module
@@ -21,9 +19,7 @@ def fresh_geometry(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def explained(model: Any, processor: Any) -> Explanation:
-    coarse = np.random.default_rng(3).integers(0, 256, (5, 7, 3), np.uint8)
-    picture = Image.fromarray(coarse).resize((160, 120), Image.Resampling.BICUBIC)
-    return explain(model, processor, picture, "describe the picture", "a red dog", scales=(1.0, 1.5))
+    return explain(model, processor, picture(160, 120), "describe the picture", "a red dog", scales=(1.0, 1.5))
 
 
 def compiled(model: Any) -> Any:

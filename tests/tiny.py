@@ -9,13 +9,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
+from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from transformers.models.smolvlm import processing_smolvlm
 
-__all__ = ["MODEL_TYPES", "WORDS", "chat_template", "finished", "tiny", "tokenizer_of"]
+__all__ = ["MODEL_TYPES", "WORDS", "chat_template", "finished", "picture", "tiny", "tokenizer_of"]
 
 MODEL_TYPES = ("qwen2_vl", "qwen2_5_vl", "llava", "smolvlm", "idefics3", "internvl")
 
@@ -28,6 +30,12 @@ WORDS = (
 # SmolVLM's processor refuses to start without num2words, which it needs for video prompts only.
 if processing_smolvlm.num2words is None:
     processing_smolvlm.num2words = str
+
+
+def picture(width: int = 200, height: int = 136, seed: int = 0) -> Image.Image:
+    """A smooth random picture, whose detail no resizing loses."""
+    coarse = np.random.default_rng(seed).integers(0, 255, (max(1, height // 8), max(1, width // 8), 3), np.uint8)
+    return Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
 
 
 def _image_processor(family: str, **options: Any) -> Any:

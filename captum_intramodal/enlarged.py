@@ -1,0 +1,111 @@
+r"""Pictures at a larger input size than a vision tower's own, by interpolation of its position embeddings."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from PIL import Image
+
+from captum_intramodal.adapter import ModelAdapter
+from captum_intramodal.coordinates import PixelMaps
+from captum_intramodal.geometry import TokenGeometry
+from captum_intramodal.hooks import interpolated_positions, position_tables
+
+__all__ = ["Enlarged", "EnlargedAdapter"]
+
+# What processors call the number of placeholders per picture, where they do not count them on the pixels.
+TOKEN_COUNTS = ("image_seq_length", "image_seq_len", "num_image_tokens")
+
+
+class EnlargedAdapter(ModelAdapter):
+    r"""
+    The same model, to which pictures are shown at a multiple of its input size.
+
+    Args:
+
+        adapter (ModelAdapter): The model and its processor, neither of which is changed: hooks last for one pass, and
+                    the larger size is that of a copy of the processor.
+        scale (float): Factor of the input size; the size is rounded to whole patches.
+        more_tokens (bool): Whether a larger picture makes more visual tokens, as where each has a place in it.
+
+    Raises:
+        ValueError: no part of the model takes ``interpolate_pos_encoding``.
+    """
+
+    def __init__(self, adapter: ModelAdapter, scale: float, more_tokens: bool) -> None:
+        tables: list[Any] = position_tables(adapter.model)
+        if not tables:
+            raise ValueError("no part of it takes interpolate_pos_encoding")
+        side, patch = tables[0].image_size, tables[0].patch_size
+
+        def enlarged(length: int) -> int:
+            return max(patch, round(length * scale / patch) * patch)
+
+        growth = (enlarged(side) // patch) / (side // patch)
+        processor = copy.copy(adapter.processor)
+        for name in ("image_processor", "video_processor"):
+            if (part := getattr(processor, name, None)) is not None:
+                part = copy.copy(part)
+                for attribute in ("size", "crop_size", "tile_size"):
+                    size = getattr(part, attribute, None)
+                    if isinstance(size, int):
+                        setattr(part, attribute, enlarged(size))
+                    elif size:
+                        lengths = {key: enlarged(length) for key, length in dict(size).items()}
+                        setattr(part, attribute, type(size)(**lengths))
+                setattr(processor, name, part)
+        for owner in (processor, processor.image_processor):
+            for attribute in TOKEN_COUNTS if more_tokens else ():
+                if isinstance(count := getattr(owner, attribute, None), int):
+                    setattr(owner, attribute, round(count * growth**2))
+        super().__init__(adapter.model, processor, adapter.video)
+
+    def run(self, inputs: Mapping[str, Any]) -> Any:
+        with interpolated_positions(self.model):
+            return super().run(inputs)
+
+    def geometry(self, image_sizes: Sequence[tuple[int, int]]) -> TokenGeometry:
+        with interpolated_positions(self.model):
+            return super().geometry(image_sizes)
+
+
+@dataclass(frozen=True)
+class Enlarged:
+    """What the model sees of the pictures at a larger input size than its own.
+
+    Attributes:
+        adapter (EnlargedAdapter): shows them at that size.
+        sight (TokenGeometry or PixelMaps): in the frame of the originals.
+    """
+
+    adapter: EnlargedAdapter
+    sight: TokenGeometry | PixelMaps
+
+    @classmethod
+    def of(
+        cls,
+        adapter: ModelAdapter,
+        sizes: Sequence[tuple[int, int]],
+        scale: float,
+        original: TokenGeometry | PixelMaps,
+        more_tokens: bool,
+    ) -> Enlarged:
+        """The counterpart of what is seen at the model's own input size; an error says why there is none."""
+        try:
+            larger = EnlargedAdapter(adapter, scale, more_tokens)
+            if isinstance(original, TokenGeometry):
+                return cls(larger, larger.geometry(sizes))
+            larger.run(larger.prepare([Image.new("RGB", size, "gray") for size in sizes], "describe"))
+            return cls(larger, larger.pixel_maps(sizes))
+        except (ValueError, TypeError, RuntimeError, IndexError) as error:
+            raise ValueError(
+                f"{type(adapter.model).__name__} cannot see pictures at {scale:g} times its input size: "
+                f"{str(error).rstrip('.')}. Leave interpolate_pos_encoding out; crops=True shows it cut-outs instead."
+            ) from error
+
+    def shows_same(self, other: object) -> bool:
+        """Whether another sight, of any kind, gives the model the same tokens or pixels."""
+        return self.sight.shows_same(other.sight if isinstance(other, Enlarged) else other)
