@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from captum_intramodal.adapter import Encoding, ModelAdapter, Prompt
 from captum_intramodal.coordinates import PixelMaps, Size
 from captum_intramodal.enlarged import Enlarged
+from captum_intramodal.geometry import TokenGeometry
 from captum_intramodal.hooks import hidden_rows, run_layers
 from captum_intramodal.levels import (
     Level,
@@ -232,7 +233,7 @@ def _read_states(
     return [list(each) for each in zip(*split, strict=True)]
 
 
-def _passes(sight: Sight, pictures: list[Image.Image]) -> list[list[Image.Image]]:
+def _passes(sight: TokenGeometry | PixelMaps | Windows, pictures: list[Image.Image]) -> list[list[Image.Image]]:
     """The pictures of each pass without gradients that it takes to see them."""
     if isinstance(sight, Windows):
         return list(sight.show(pictures))
