@@ -2,8 +2,9 @@ r"""Borrowed state that is always given back: forward hooks and early exits from
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from inspect import Parameter, signature
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ __all__ = [
     "evaluation_mode",
     "first_tensor",
     "hidden_rows",
+    "named_arguments",
     "put_rows",
     "replace_first_tensor",
     "run_layers",
@@ -45,6 +47,17 @@ def hidden_rows(hidden: Tensor) -> Tensor:
     if hidden.ndim == 4:
         return (hidden[0] if hidden.shape[0] == 1 else hidden[:, 0].transpose(0, 1)).flatten(1)
     return hidden[0]
+
+
+def named_arguments(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """What a module is called with, by the names of its forward's parameters."""
+    # That of the class: others may have put a forward of their own on the instance.
+    own = signature(type(module).forward.__get__(module))
+    named = own.bind(*args, **kwargs).arguments
+    for name, parameter in own.parameters.items():
+        if parameter.kind is Parameter.VAR_KEYWORD:
+            named |= named.pop(name, {})
+    return named
 
 
 def put_rows(hidden: Tensor, rows: Tensor) -> Tensor:

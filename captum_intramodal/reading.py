@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from captum_intramodal.adapter import Encoding, ModelAdapter, Prompt
-from captum_intramodal.geometry import TokenGeometry
+from captum_intramodal.coordinates import PixelMaps
 from captum_intramodal.hooks import hidden_rows, run_layers
 from captum_intramodal.levels import (
     Level,
@@ -19,7 +19,9 @@ from captum_intramodal.levels import (
     Scales,
     TokenLevel,
     Windows,
+    explained_by,
     find_sights,
+    layer_gradient_x_activation,
     resize_pictures,
     visual_states,
 )
@@ -76,6 +78,7 @@ class Reading:
         pictures (list[PIL.Image.Image]): the originals.
         text (TextTokens): the T text tokens.
         levels (list[Level]): one per scale.
+        method (str): whose maps they are.
         dropped (list[float]): scales that show the model nothing new.
         ranking_states (dict[int, Tensor]): by decoder layer the hidden states (2T, D) at the text tokens and at the
             positions before them.
@@ -86,6 +89,7 @@ class Reading:
     pictures: list[Image.Image]
     text: TextTokens
     levels: list[Level]
+    method: Method
     dropped: list[float]
     ranking_states: dict[int, Tensor]
     last: Tensor
@@ -109,7 +113,7 @@ def read_answer(
     prompt: Prompt,
     answer: str | Sequence[int] | None,
     scales: Scales,
-    layer: int = -1,
+    layer: int | None = None,
     ranking_layers: Sequence[int] = (-1,),
     max_new_tokens: int = 128,
     method: Method = "auto",
@@ -133,7 +137,9 @@ def read_answer(
     sights, dropped = find_sights(adapter, pictures, scales, prompt_inputs, method, crops)
 
     report(f"Reading the answer ({len(answer_ids)} tokens)")
-    layers = select_layers(adapter.lens, [layer, *ranking_layers, -1])
+    by = explained_by(method, next(iter(sights.values())))
+    read = layer if layer is not None and by == "logit_lens" else -1
+    layers = select_layers(adapter.lens, [read, *ranking_layers, -1])
     before = (text.positions - 1).clamp_min(0)
     rows = torch.cat([encoding.visual_positions, text.positions, before])
     visual, *states, last = run_layers(
@@ -146,25 +152,36 @@ def read_answer(
 
     levels: list[Level] = []
     for scale, sight in sights.items():
-        if isinstance(sight, TokenGeometry) and scale == 1.0:
-            levels.append(TokenLevel.of(adapter, scale, sight, visual[:seen], text.ids))
-            continue
-        report(f"Looking at scale {scale:g}")
-        if isinstance(sight, Windows):
-            cut = (adapter.prepare(shown, prompt) for shown in sight.show(pictures))
-            hidden = torch.cat([visual_states(adapter, inputs, layers[0]) for inputs in cut])
-            levels.append(TokenLevel.of(adapter, scale, sight.geometry, hidden, text.ids))
-            continue
-        inputs = adapter.prepare(resize_pictures(pictures, sight.image_sizes), prompt)
-        if isinstance(sight, TokenGeometry):
-            levels.append(TokenLevel.of(adapter, scale, sight, visual_states(adapter, inputs, layers[0]), text.ids))
-        else:
-            there = adapter.encode(inputs, answer_ids)
+        if scale != 1.0 or by != "logit_lens":
+            report(f"Looking at scale {scale:g}")
+        if isinstance(sight, PixelMaps):
+            resized = resize_pictures(pictures, sight.image_sizes)
+            there = adapter.encode(adapter.prepare(resized, prompt), answer_ids)
             levels.append(PixelLevel.of(adapter, scale, sight, there, text_positions(adapter, there)))
+            continue
+        if isinstance(sight, Windows):
+            geometry, shown = sight.geometry, sight.show(pictures)
+        else:
+            geometry, shown = sight, iter([resize_pictures(pictures, sight.image_sizes)])
+        if by == "layer_gradient_x_activation":
+            encodings = (adapter.encode(adapter.prepare(images, prompt), answer_ids) for images in shown)
+            parts = [
+                layer_gradient_x_activation(adapter, there, text_positions(adapter, there), geometry.argument, layer)
+                for there in encodings
+            ]
+            activation = torch.cat(parts, dim=1)
+        elif scale == 1.0:
+            activation = adapter.lens.activation(visual[:seen], text.ids).T
+        else:
+            inputs = (adapter.prepare(images, prompt) for images in shown)
+            hidden = torch.cat([visual_states(adapter, there, layers[0]) for there in inputs])
+            activation = adapter.lens.activation(hidden, text.ids).T
+        levels.append(TokenLevel(scale, activation.clamp_min(0).cpu(), geometry))
     return Reading(
         pictures=pictures,
         text=text,
         levels=levels,
+        method=by,
         dropped=dropped,
         ranking_states={index: h[seen:] for index, h in zip(ranking_layers, states, strict=True)},
         last=last[seen:],
