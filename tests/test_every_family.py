@@ -17,24 +17,27 @@ NOT_EXPLAINED = LEFT_OUT | {
     "pp_formulanet": "its processor crops each picture by what it shows, and no gradient passes through it",
     "udop": "its processor takes words with boxes from an OCR, not a prompt",
 }
-# No place per visual token: resamplers, cross-attention, encoder-decoders, pictures before the sequence.
+# Visual tokens that the decoder reads, but not in its sequence, and the argument of its blocks that holds them.
+BY_GRADIENTS = {
+    "blip": "encoder_hidden_states",
+    "florence2": "encoder_hidden_states",
+    "git": "hidden_states",
+    "idefics": "image_hidden_states",
+    "mllama": "cross_attention_states",
+    "pix2struct": "encoder_hidden_states",
+    "t5gemma2": "encoder_hidden_states",
+    "vision-encoder-decoder": "encoder_hidden_states",
+}
+# No place per visual token: resamplers, and a decoder that reads its encoder's cache.
 BY_PIXELS = {
     "aria",
-    "blip",
     "blip-2",
     "deepseek_ocr2",
     "diffusion_gemma",
-    "florence2",
-    "git",
-    "idefics",
     "idefics2",
     "instructblip",
     "kosmos-2",
     "kosmos-2.5",
-    "mllama",
-    "pix2struct",
-    "t5gemma2",
-    "vision-encoder-decoder",
 }
 # Codes of quantised pictures: no small change moves them, so that the oracle cannot tell.
 CODES = {"chameleon", "emu3"}
@@ -46,7 +49,7 @@ def picture(width: int = 320, height: int = 200) -> Image.Image:
 
 
 def test_reasons() -> None:
-    assert set(NOT_EXPLAINED) <= set(FAMILIES) and set(FAMILIES) > BY_PIXELS
+    assert set(NOT_EXPLAINED) <= set(FAMILIES) and set(FAMILIES) > BY_PIXELS | set(BY_GRADIENTS)
     assert len(FAMILIES) - len(NOT_EXPLAINED) >= 85
 
 
@@ -55,13 +58,16 @@ def test_reasons() -> None:
 def test_explain(model_type: str) -> None:
     model, processor = build(model_type)
     explanation = explain(model, processor, picture(), "describe the picture", "a red cat", scales=(1.0,))
-    assert explanation.settings["method"] == ("input_x_gradient" if model_type in BY_PIXELS else "logit_lens")
+    methods = dict.fromkeys(BY_PIXELS, "input_x_gradient") | dict.fromkeys(BY_GRADIENTS, "layer_gradient_x_activation")
+    assert explanation.settings["method"] == methods.get(model_type, "logit_lens")
     assert explanation.answer.split() == ["a", "red", "cat"]
     assert bool(explanation.maps[0].isfinite().all()) and bool(explanation.maps[0].any())
     if model_type not in BY_PIXELS | CODES:
         bound = ModelAdapter(model, processor)
         prepare = lambda images: bound.prepare(images, "describe")  # noqa: E731
-        assert geometry_oracle(model, prepare, [picture()], bound.geometry([(320, 200)]), blocks=12) >= 0.97
+        boxes = bound.geometry([(320, 200)])
+        assert boxes.argument == BY_GRADIENTS.get(model_type)
+        assert geometry_oracle(model, prepare, [picture()], boxes, blocks=12) >= 0.97
 
 
 @pytest.mark.parametrize("model_type", ["qwen3_vl", "llama4", "ovis2"])
