@@ -29,11 +29,18 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))
 from tests.families import FAMILIES, LEFT_OUT, build
 
 SIZE = (640, 400)
+METHODS = {
+    "logit_lens": "logit lens",
+    "layer_gradient_x_activation": "activation x gradient",
+    "input_x_gradient": "pixels",
+}
 QUESTION, ANSWER = "describe the picture", "a red cat"
 EXPLANATION = """Printed by `python benchmarks/families.py`, on tiny random models of the real classes with their real
 processors and a picture of 640 x 400 pixels. *Oracle*: how often the token that reacts most to a small change of the
 picture has a box around the change, in brackets with shuffled boxes. *Lens*: `head(norm(h))` where that gives the
-model's own logits, else the model's own tail, replayed. *Scales*: what `scales="auto"` takes for that picture."""
+model's own logits, else the model's own tail, replayed. *Scales*: what `scales="auto"` takes for that picture.
+*Explained by*: the logit lens at visual tokens in the decoder's sequence; activation x gradient at visual tokens
+elsewhere, in the argument of the decoder's blocks that is named; else input x gradient at the pixels."""
 
 
 def natural_picture(size: tuple[int, int] = SIZE, seed: int = 0) -> Image.Image:
@@ -120,12 +127,13 @@ def cells(row: dict[str, Any]) -> list[str]:
         notes.append(geometry["detail"].removesuffix(" Explained by its pixels"))
     notes += [f"{name}: {c['detail']}" for name, c in checks.items() if c["passed"] is False]
     kinds = geometry.get("tokens", {})
-    method = {"logit_lens": "logit lens", "input_x_gradient": "pixels"}.get(row.get("method", ""), "**fails**")
+    method = METHODS.get(row.get("method", ""), "**fails**")
     return [
         row["type"],
         row.get("class", ""),
         method,
-        ", ".join(f"{count} {kind}" for kind, count in kinds.items()),
+        ", ".join(f"{count} {kind}" for kind, count in kinds.items())
+        + (f" in `{geometry['argument']}`" if geometry.get("argument") else ""),
         f"{geometry['oracle']:.2f} ({geometry['chance']:.2f})" if "oracle" in geometry else "",
         lens.get("tail", ""),
         ", ".join(f"{scale:g}" for scale in row.get("scales", [])),
@@ -140,12 +148,13 @@ def markdown(rows: list[dict[str, Any]]) -> str:
     oracles = [c["geometry"]["oracle"] for c in checks if "oracle" in c.get("geometry", {})]
     right = sum(rate >= 0.97 for rate in oracles)
     tails = [c["logit lens"].get("tail") for c in checks if c]
+    by = {method: sum(row["method"] == method for row in ran) for method in METHODS}
     lines = [
         f"`explain` runs on {len(ran)} of {len(rows)} model types of transformers {transformers.__version__}; "
-        f"{sum(row['method'] == 'logit_lens' for row in ran)} by the logit lens at visual tokens, the others by their "
-        f"pixels. Of {len(oracles)} types whose tokens have a place, {right} pass the oracle at 0.97. The lens is fast "
-        f"for {tails.count('fast')} and replayed for {tails.count('replay')}. Several pictures: "
-        f"{sum(bool(row.get('several_images')) for row in ran)}.",
+        f"{by['logit_lens']} by the logit lens at visual tokens, {by['layer_gradient_x_activation']} by activation x "
+        f"gradient at visual tokens, {by['input_x_gradient']} by their pixels. Of {len(oracles)} types whose tokens "
+        f"have a place, {right} pass the oracle at 0.97. The lens is fast for {tails.count('fast')} and replayed for "
+        f"{tails.count('replay')}. Several pictures: {sum(bool(row.get('several_images')) for row in ran)}.",
         "",
         "| type | class | explained by | visual tokens | oracle (chance) | lens | scales | several images | Captum on "
         "pixels; notes |",

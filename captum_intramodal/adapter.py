@@ -427,10 +427,8 @@ class ModelAdapter:
         """Region of the picture that each visual token stands for, for pictures of these (width, height).
 
         Raises:
-            ValueError: the decoder has no visual tokens, or their regions cannot be measured.
+            ValueError: the decoder reads no visual tokens, or their regions cannot be measured.
         """
-        if self.is_encoder_decoder or image_token_id(self.model) is None:
-            raise ValueError(f"{type(self.model).__name__} has no visual tokens in its decoder's sequence.")
         return cached_geometry(
             self.model, self.processor, lambda images: self.prepare(images, "describe"), tuple(image_sizes), self.video
         )

@@ -154,6 +154,7 @@ def _check_geometry(adapter: ModelAdapter, picture: Image.Image, prompt: Prompt)
         return Check("geometry", None, f"{error} Explained by its pixels")
     counts = {kind: geometry.kinds.count(kind) for kind in dict.fromkeys(geometry.kinds)}
     found = f"{len(geometry.kinds)} visual tokens ({', '.join(f'{n} {kind}' for kind, n in counts.items())})"
+    found += "" if geometry.argument is None else f" in {geometry.argument}"
     if "local" not in counts:
         return Check("geometry", None, f"{found}; none stands for a region of the picture. Explained by its pixels")
     if adapter.model.config.model_type in CODE_RASTERS:
@@ -169,7 +170,13 @@ def _check_geometry(adapter: ModelAdapter, picture: Image.Image, prompt: Prompt)
         rate >= ORACLE_PASSES,
         f"{found} of {width:.0f} x {height:.0f} pixels; {rate:.0%} of changes lie in the box of the token that "
         f"reacts most (shuffled boxes: {chance:.0%})",
-        {"tokens": counts, "token_size": [round(width, 1), round(height, 1)], "oracle": rate, "chance": chance},
+        {
+            "tokens": counts,
+            "argument": geometry.argument,
+            "token_size": [round(width, 1), round(height, 1)],
+            "oracle": rate,
+            "chance": chance,
+        },
     )
 
 

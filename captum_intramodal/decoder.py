@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-__all__ = ["decoder_layers", "final_norm", "input_device", "readable_layers"]
+__all__ = ["decoder_blocks", "decoder_layers", "final_norm", "input_device", "readable_layers"]
 
 # Model types whose final norm does not read the last layer's output, and the module of the decoder that it reads.
 FINAL_STATES: dict[str, str] = {"inkling2_text": "final_input"}
@@ -30,6 +30,13 @@ def decoder_layers(model: Any) -> nn.ModuleList:
     if lists:
         return lists[-1]  # Towers and encoders come before what reads them.
     raise TypeError(f"The decoder of {type(model).__name__} has no list of {depth} layers, so it cannot be read.")
+
+
+def decoder_blocks(model: Any) -> list[nn.Module]:
+    """The decoder's layers, and what else is listed beside them, such as cross-attention blocks of their own."""
+    layers = decoder_layers(model)
+    owner = next(module for module in model.modules() if any(child is layers for child in module.children()))
+    return [block for blocks in owner.children() if isinstance(blocks, nn.ModuleList) for block in blocks]
 
 
 def input_device(model: Any) -> torch.device:

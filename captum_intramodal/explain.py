@@ -18,7 +18,7 @@ from captum_intramodal.adapter import ModelAdapter, Prompt, check_images
 from captum_intramodal.arc import ARC, ContextRelevance
 from captum_intramodal.explanation import Explanation
 from captum_intramodal.hooks import evaluation_mode
-from captum_intramodal.levels import Method, Scales, TokenLevel
+from captum_intramodal.levels import Method, Scales
 from captum_intramodal.msea import Aggregation, check_scales, normalized_weights
 from captum_intramodal.reading import Reading, read_answers
 
@@ -40,7 +40,7 @@ def explain(
     interpolate_pos_encoding: bool = False,
     video: bool = False,
     method: Method = "auto",
-    layer: int = -1,
+    layer: int | None = None,
     max_new_tokens: int = 128,
     progress: Callable[[str], None] | None = None,
 ) -> Explanation:
@@ -86,12 +86,16 @@ def explain(
         video (bool, optional): Whether the pictures are the frames of one video, sampled as the model expects them. The
                     explanation shows them as pictures in time; frames that the model merges have the same map.
                     Default: False
-        method (str, optional): Whose maps: ``'logit_lens'``, or ``'input_x_gradient'`` with respect to the pixels (one
-                    backward pass per token and scale), for models whose visual tokens have no place in the picture
-                    (resamplers, cross-attention, encoder-decoders). ``'auto'``: the lens wherever the model has places.
+        method (str, optional): Whose maps: ``'logit_lens'`` at visual tokens in the decoder's sequence;
+                    ``'layer_gradient_x_activation'`` at visual tokens wherever the decoder reads them (one backward
+                    pass per token and scale), as in cross-attention, encoder-decoders and all that the lens can
+                    explain; ``'input_x_gradient'`` with respect to the pixels (likewise), for models whose visual
+                    tokens have no place in the picture (resamplers). ``'auto'``: the first of these that the model can
+                    do.
                     Default: ``'auto'``
-        layer (int, optional): Decoder layer that the lens reads.
-                    Default: -1, the last.
+        layer (int, optional): Decoder layer whose output the lens reads, or whose input activation times gradient is
+                    taken at.
+                    Default: None, the last for the lens, the first for gradients
         max_new_tokens (int, optional): Where the model's own answer ends at the latest.
                     Default: 128
         progress (Callable, optional): Called with a line of text before each step.
@@ -148,7 +152,7 @@ def explain_batch(
     interpolate_pos_encoding: bool = False,
     video: bool = False,
     method: Method = "auto",
-    layer: int = -1,
+    layer: int | None = None,
     max_new_tokens: int = 128,
     progress: Callable[[str], None] | None = None,
 ) -> list[Explanation]:
@@ -233,7 +237,7 @@ def _explain_together(
     crops: bool,
     interpolate_pos_encoding: bool,
     method: Method,
-    layer: int,
+    layer: int | None,
     max_new_tokens: int,
     progress: Callable[[str], None] | None,
 ) -> list[Explanation]:
@@ -323,7 +327,7 @@ def _explanation(
             "dropped_scales": reading.dropped,
             "scale_weights": [round(w, 6) for w in weights.tolist()],
             "aggregation": aggregation,
-            "method": "logit_lens" if isinstance(reading.levels[0], TokenLevel) else "input_x_gradient",
+            "method": reading.method,
             "levels": [
                 {
                     "scale": level.scale,
@@ -332,6 +336,7 @@ def _explanation(
                 }
                 for level in reading.levels
             ],
+            "layer": -1 if settings["layer"] is None and reading.method == "logit_lens" else settings["layer"],
             "arc": ranking.settings if suppress else None,
         },
     )

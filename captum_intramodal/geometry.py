@@ -5,11 +5,13 @@ Three experiments, none of which knows the model's architecture:
 1. *Coordinate probe.* The model's own processor runs on synthetic pictures (black, white, a ramp and two waves per
    axis). What each element of its pixel tensors becomes tells which point of the picture that element samples, in
    whatever layout: flattened patches, tiles, thumbnails, channels first or last.
-2. *Ownership.* Which visual tokens does each pixel element feed at the input of decoder layer 0? The vision tower's
-   attention blocks are replaced by the identity meanwhile; what remains (patch embedding, merging, pooling,
-   projection) is local. Where every element feeds one token, a few backward passes name that token, see
-   :meth:`_Sweep.owners`. Where elements are shared, or no gradient passes, a forward-only sweep changes the elements
-   strip by strip and sees which tokens differ; a bisection finds the edges of all tokens at once, see :func:`_edges`.
+2. *Ownership.* Which visual tokens does each pixel element feed where the decoder reads them? That is at the input of
+   its layer 0, or, where pictures do not enter its sequence, in the argument of its blocks that a change of the picture
+   moves: the states of a cross-attention, or an encoder's output. The vision tower's attention blocks are replaced by
+   the identity meanwhile; what remains (patch embedding, merging, pooling, projection) is local. Where every element
+   feeds one token, a few backward passes name that token, see :meth:`_Sweep.owners`. Where elements are shared, or no
+   gradient passes, a forward-only sweep changes the elements strip by strip and sees which tokens differ; a bisection
+   finds the edges of all tokens at once, see :func:`_edges`.
 3. *Oracle.* :func:`geometry_oracle` checks a geometry with small changes of the picture itself.
 """
 
@@ -42,8 +44,8 @@ from captum_intramodal.coordinates import (
     check_sizes,
     measure_pixels,
 )
-from captum_intramodal.decoder import decoder_layers, input_device
-from captum_intramodal.hooks import evaluation_mode, hidden_rows
+from captum_intramodal.decoder import decoder_blocks, decoder_layers, input_device
+from captum_intramodal.hooks import evaluation_mode, hidden_rows, named_arguments
 
 __all__ = [
     "TokenGeometry",
@@ -53,7 +55,9 @@ __all__ = [
     "geometry_oracle",
     "image_token_id",
     "measure_geometry",
+    "state_rows",
     "visual_positions",
+    "visual_rows",
 ]
 
 IMAGE_TOKEN_ATTRIBUTES = ("image_token_id", "image_token_index", "image_patch_id")
@@ -72,6 +76,8 @@ LARGE = 1 << 20
 # each row the processor appends so many tokens that end it.
 CODE_RASTERS: dict[str, int] = {"chameleon": 0, "emu3": 1}
 
+# Argument of the decoder's blocks for its own sequence.
+_SEQUENCE = "hidden_states"
 _CHUNKS = 32
 # Ownership marks tokens by powers of two, so many bits of a token's number at once as the exponent's range allows.
 _DIGIT_BITS = {torch.float16: 3}
@@ -82,7 +88,7 @@ _DIGIT_BITS_ELSE = 6
 class TokenGeometry:
     r"""Where the visual tokens of one model input lie in the original pictures.
 
-    V is the number of visual positions; every attribute lists them as they stand in the decoder sequence.
+    V is the number of visual tokens; every attribute lists them as they stand where the decoder reads them.
 
     Attributes:
         boxes (Tensor): x0, y0, x1, y1 in pixels of the original picture; a row of NaN where the token has no box.
@@ -96,6 +102,9 @@ class TokenGeometry:
         last_image_index (Tensor, optional): where the model merges successive frames of a video, the last one that each
             token sees; ``image_index`` is the first. int64, shape: V. None: each token sees one picture. :attr:`frames`
             has both.
+        argument (str, optional): where the tokens are not placeholders in the decoder's sequence, the argument of its
+            blocks that holds their states, such as ``'encoder_hidden_states'``; ``'hidden_states'`` where they stand
+            before the sequence.
 
     Examples::
 
@@ -113,6 +122,7 @@ class TokenGeometry:
     image_index: Tensor
     image_sizes: tuple[Size, ...]
     last_image_index: Tensor | None = None
+    argument: str | None = None
 
     @property
     def frames(self) -> Tensor:
@@ -261,6 +271,71 @@ def _layer0_input(model: PreTrainedModel, inputs: Mapping[str, Any]) -> Tensor:
     return hidden_rows(captured[0])
 
 
+def visual_rows(model: PreTrainedModel, inputs: Mapping[str, Any], argument: str | None, count: int) -> Tensor:
+    r"""Which of the states that the decoder's blocks are given stand for visual tokens.
+
+    Args:
+
+        model (PreTrainedModel): The model.
+        inputs (Mapping): Its inputs, with placeholders for the visual tokens where it has any.
+        argument (str, optional): Where the visual tokens are, as in :class:`TokenGeometry`.
+        count (int): Number of states.
+
+    Returns:
+        **rows** (*Tensor*):
+            int64, shape: V.
+
+    Raises:
+        ValueError: as :func:`visual_positions`.
+    """
+    ids = inputs.get("input_ids")
+    length = 0 if ids is None else int(ids.shape[1])
+    # An encoder of pictures and words has placeholders of its own.
+    if argument is None or (model.config.is_encoder_decoder and count == length):
+        if ids is None:
+            raise ValueError(f"Nothing that the decoder of {type(model).__name__} reads follows the picture locally.")
+        return visual_positions(model, ids)
+    return torch.arange(count - length if argument == _SEQUENCE else count)
+
+
+def state_rows(states: Tensor, argument: str | None) -> Tensor:
+    """States that a decoder's block is given, of one example, one row each: (N, D)."""
+    # Cross-attention may have an example's tiles in the place of the batch.
+    return hidden_rows(states) if argument in (None, _SEQUENCE) else states.flatten(0, -2)
+
+
+def _read_states(model: PreTrainedModel, inputs: Mapping[str, Any], argument: str | None) -> Tensor:
+    """The states of the decoder's sequence, or those in the named argument of its blocks, shape N x D."""
+    if argument in (None, _SEQUENCE):
+        return _layer0_input(model, inputs)
+    return state_rows(_arguments(model, inputs)[argument], argument)
+
+
+def _arguments(model: PreTrainedModel, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Sequences of states that the decoder's first blocks are given, by the arguments' names."""
+    states: dict[str, Tensor] = {}
+    first = decoder_layers(model)[0]
+
+    def watch(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        for name, value in named_arguments(module, args, kwargs).items():
+            # Some models hand their own inputs on to every layer.
+            if isinstance(value, Tensor) and value.is_floating_point() and value.ndim == 3 and name not in inputs:
+                states.setdefault(name, value)
+        if module is first:
+            raise _LayerReached
+
+    # Cross-attention blocks of their own may come before the first layer.
+    handles = [block.register_forward_pre_hook(watch, with_kwargs=True) for block in decoder_blocks(model)]
+    try:
+        model(**inputs, use_cache=False)
+    except _LayerReached:
+        pass
+    finally:
+        for handle in handles:
+            handle.remove()
+    return states
+
+
 def _attention_blocks(model: PreTrainedModel) -> list[nn.Module]:
     decoder = set(decoder_layers(model).modules())
     lists = [m for m in model.modules() if isinstance(m, nn.ModuleList) and m not in decoder]
@@ -285,17 +360,21 @@ def _bypassed_attention(model: PreTrainedModel, inputs: Mapping[str, Any]) -> It
     The blocks' forward is replaced, as a hook would still pay for the block, and transformers' recorder of hidden
     states would not see what a later hook returns.
     """
-    length: dict[nn.Module, int | None] = {}
+    rest: dict[nn.Module, tuple[Any, ...] | None] = {}
 
     def watch(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         hidden = _hidden_argument(args, kwargs)
         result = output[0] if isinstance(output, tuple) else output
         if isinstance(hidden, Tensor) and isinstance(result, Tensor) and hidden.shape == result.shape:
-            length[module] = len(output) if isinstance(output, tuple) else None
+            rest[module] = tuple(map(sizes, output[1:])) if isinstance(output, tuple) else None
 
-    def identity(size: int | None, *args: Any, **kwargs: Any) -> Any:
+    def sizes(value: Any) -> Any:
+        """Stages of a Swin tower also return their height and width."""
+        return value if isinstance(value, tuple) and all(isinstance(n, int) for n in value) else None
+
+    def identity(others: tuple[Any, ...] | None, *args: Any, **kwargs: Any) -> Any:
         hidden = _hidden_argument(args, kwargs)
-        return hidden if size is None else (hidden, *[None] * (size - 1))
+        return hidden if others is None else (hidden, *others)
 
     handles = [block.register_forward_hook(watch, with_kwargs=True) for block in _attention_blocks(model)]
     try:
@@ -304,7 +383,7 @@ def _bypassed_attention(model: PreTrainedModel, inputs: Mapping[str, Any]) -> It
         for handle in handles:
             handle.remove()
 
-    replaced: dict[nn.Module, Any] = {block: partial(identity, size) for block, size in length.items()}
+    replaced: dict[nn.Module, Any] = {block: partial(identity, others) for block, others in rest.items()}
     replaced |= {m: partial(_in_float, m) for m in model.modules() if isinstance(m, DynamicQuantizedLinear)}
     # accelerate and others keep a forward of their own on the instance, which must come back as it was.
     own = {block: vars(block).get("forward") for block in replaced}
@@ -329,7 +408,6 @@ class _Sweep:
     def __init__(self, model: PreTrainedModel, inputs: Mapping[str, Any], pixels: Mapping[str, PixelMap]) -> None:
         self.model = model
         self.inputs = inputs
-        self.positions = visual_positions(model, inputs["input_ids"])
         generator = torch.Generator().manual_seed(0)
         self.changed = {}
         for key, map_ in pixels.items():
@@ -340,6 +418,8 @@ class _Sweep:
             # Padding has no gain of its own.
             noise *= torch.where(map_.gain != 0, map_.gain, map_.gain.abs().max())
             self.changed[key] = base + noise.view(map_.shape).to(base)
+        self.argument, count = self._find_argument()
+        self.positions = visual_rows(model, inputs, self.argument, count).cpu()
         self.rebase()
 
     def rebase(self) -> None:
@@ -348,9 +428,28 @@ class _Sweep:
         # Zero on any backend that repeats itself bit for bit.
         self.noise = 4 * (self._hidden(self.inputs) - self.base).abs().amax(dim=1)
 
+    def _find_argument(self) -> tuple[str | None, int]:
+        """The argument of the decoder's blocks that a change of the picture moves, and its number of states; None for
+        the sequence with its placeholders."""
+        runs = self.inputs, self.inputs, {**self.inputs, **self.changed}
+
+        def moves(base: Tensor, same: Tensor, changed: Tensor) -> bool:
+            return bool((changed - base).abs().amax() > 4 * (same - base).abs().amax())
+
+        sequence = [_layer0_input(self.model, inputs) for inputs in runs]
+        if moves(*sequence):
+            ids = self.inputs.get("input_ids")
+            before = image_token_id(self.model) is None and ids is not None and len(sequence[0]) > ids.shape[1]
+            return _SEQUENCE if before else None, len(sequence[0])
+        first, *more = [_arguments(self.model, inputs) for inputs in runs]
+        for name, states in first.items():
+            if moves(states, *(found[name] for found in more)):
+                return name, states.shape[:-1].numel()
+        return None, len(sequence[0])
+
     def _hidden(self, inputs: Mapping[str, Any]) -> Tensor:
-        hidden = _layer0_input(self.model, inputs)
-        return hidden[self.positions.to(hidden.device)].float()
+        states = _read_states(self.model, inputs, self.argument)
+        return states[self.positions.to(states.device)].float()
 
     def owners(self) -> dict[str, Tensor] | None:
         r"""The one visual token that each pixel element feeds, by backward passes.
@@ -393,7 +492,8 @@ class _Sweep:
         keys = list(self.changed)
         leaves = [self.inputs[key].detach().clone().requires_grad_() for key in keys]
         with torch.enable_grad():
-            hidden = _layer0_input(self.model, {**self.inputs, **dict(zip(keys, leaves, strict=True))})
+            leaf_inputs = {**self.inputs, **dict(zip(keys, leaves, strict=True))}
+            hidden = _read_states(self.model, leaf_inputs, self.argument)
             hidden = hidden[self.positions.to(hidden.device)]
             direction = torch.randn(hidden.shape[1], generator=torch.Generator().manual_seed(seed)).to(hidden)
             readout = (hidden * direction).sum(dim=1)
@@ -598,7 +698,7 @@ def _fill_image_index(index: Tensor, positions: Tensor, seen: Tensor) -> Tensor:
 
 def _model_inputs(model: PreTrainedModel, inputs: Mapping[str, Any]) -> dict[str, Any]:
     """Inputs of one example on the model's device, floating point ones in its dtype."""
-    ids = inputs.get("input_ids")
+    ids = inputs.get("input_ids", inputs.get("decoder_input_ids"))
     if not isinstance(ids, Tensor) or ids.ndim != 2 or ids.shape[0] != 1:
         found = tuple(ids.shape) if isinstance(ids, Tensor) else type(ids).__name__
         raise ValueError(
@@ -745,7 +845,7 @@ def measure_geometry(model: PreTrainedModel, prepare: Prepare, image_sizes: Sequ
                 per_image, padding, boxes = _boxes_by_bisection(sweep, pixels, sizes)
             seen = per_image.any(dim=0)
             boxes[~seen] = math.nan
-            image_index = _fill_image_index(per_image.long().argmax(dim=0), sweep.positions.cpu(), seen)
+            image_index = _fill_image_index(per_image.long().argmax(dim=0), sweep.positions, seen)
             last_index = image_index + (per_image.sum(dim=0) - 1).clamp_min(0)
             # Successive frames of a video may share tokens; what sees other pictures at once has no place.
             successive = per_image[last_index.clamp_max(len(sizes) - 1), torch.arange(len(seen))]
@@ -763,7 +863,7 @@ def measure_geometry(model: PreTrainedModel, prepare: Prepare, image_sizes: Sequ
         for is_global, is_seen, is_padding in zip(overall.tolist(), seen.tolist(), padding.tolist(), strict=True)
     )
     merged = bool((last_index > image_index).any())
-    return TokenGeometry(boxes, kinds, image_index, sizes, last_index if merged else None)
+    return TokenGeometry(boxes, kinds, image_index, sizes, last_index if merged else None, sweep.argument)
 
 
 # ----------------------------------------------------------------------------------------------------------- cache
@@ -914,13 +1014,11 @@ def geometry_oracle(
 
     def hidden(changed: list[Image.Image]) -> Tensor:
         inputs = _model_inputs(model, prepare(changed))
-        positions = visual_positions(model, inputs["input_ids"])
-        if len(positions) != len(geometry.kinds):
-            raise ValueError(
-                f"The model input has {len(positions)} visual positions, the geometry {len(geometry.kinds)}."
-            )
-        states = _layer0_input(model, inputs)
-        return states[positions.to(states.device)].float().cpu()
+        states = _read_states(model, inputs, geometry.argument)
+        rows = visual_rows(model, inputs, geometry.argument, len(states))
+        if len(rows) != len(geometry.kinds):
+            raise ValueError(f"The model input has {len(rows)} visual positions, the geometry {len(geometry.kinds)}.")
+        return states[rows.to(states.device)].float().cpu()
 
     def hits() -> int:
         base = hidden(pictures)

@@ -2,9 +2,9 @@ r"""Borrowed state that is always given back: forward hooks and early exits from
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from inspect import signature
+from inspect import Parameter, signature
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ __all__ = [
     "first_tensor",
     "hidden_rows",
     "interpolated_positions",
+    "named_arguments",
     "position_tables",
     "put_rows",
     "replace_first_tensor",
@@ -48,6 +49,17 @@ def hidden_rows(hidden: Tensor, row: int = 0, batch: int = 1) -> Tensor:
     if hidden.ndim == 4:
         return (hidden[:, row].transpose(0, 1) if hidden.shape[1] == batch else hidden[row]).flatten(1)
     return hidden[row]
+
+
+def named_arguments(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """What a module is called with, by the names of its forward's parameters."""
+    # That of the class: others may have put a forward of their own on the instance.
+    own = signature(type(module).forward.__get__(module))
+    named = own.bind(*args, **kwargs).arguments
+    for name, parameter in own.parameters.items():
+        if parameter.kind is Parameter.VAR_KEYWORD:
+            named |= named.pop(name, {})
+    return named
 
 
 def put_rows(hidden: Tensor, rows: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -16,9 +17,10 @@ from torch import Tensor, nn
 from captum_intramodal.adapter import Encoding, ModelAdapter
 from captum_intramodal.canvas import canvas_grid, draw_on_canvas
 from captum_intramodal.coordinates import PixelMaps
+from captum_intramodal.decoder import decoder_blocks, decoder_layers
 from captum_intramodal.enlarged import Enlarged
-from captum_intramodal.geometry import TokenGeometry
-from captum_intramodal.hooks import hidden_rows, run_layers
+from captum_intramodal.geometry import TokenGeometry, state_rows, visual_rows
+from captum_intramodal.hooks import hidden_rows, named_arguments, run_layers
 from captum_intramodal.msea import DEFAULT_SCALES, check_scales
 
 __all__ = [
@@ -30,14 +32,16 @@ __all__ = [
     "Sight",
     "TokenLevel",
     "Windows",
+    "explained_by",
     "find_sights",
     "input_x_gradient",
+    "layer_gradient_x_activation",
     "resize_pictures",
     "visual_states",
 ]
 
-Method = Literal["auto", "logit_lens", "input_x_gradient"]
-METHODS: tuple[Method, ...] = ("auto", "logit_lens", "input_x_gradient")
+Method = Literal["auto", "logit_lens", "layer_gradient_x_activation", "input_x_gradient"]
+METHODS: tuple[Method, ...] = ("auto", "logit_lens", "layer_gradient_x_activation", "input_x_gradient")
 Scales = Sequence[float] | Literal["auto"]
 
 # What scales="auto" tries where the model sees nothing more of an enlarged picture.
@@ -76,7 +80,9 @@ class Windows:
                 images.append(torch.full((len(boxed),), image))
         placed = torch.cat(parts)
         kinds = tuple("separator" if nowhere else "local" for nowhere in placed.isnan().any(1).tolist())
-        return cls(tuple(boxes), TokenGeometry(placed, kinds, torch.cat(images), tuple(sizes)))
+        return cls(
+            tuple(boxes), TokenGeometry(placed, kinds, torch.cat(images), tuple(sizes), argument=geometry.argument)
+        )
 
     def show(self, pictures: Sequence[Image.Image]) -> Iterator[list[Image.Image]]:
         """The pictures of each pass, one of them cut."""
@@ -113,24 +119,18 @@ class Level(Protocol):
 
 @dataclass(frozen=True)
 class TokenLevel:
-    """The text tokens' logit lens at each visual token, and where those lie in the originals.
+    """What each visual token says of the text tokens, and where the visual tokens lie in the originals.
 
     Attributes:
         scale (float): factor of the pictures' size.
-        activation (Tensor): float32 (T, V), clipped at 0.
+        activation (Tensor): the text tokens' logit lens, or activation times gradient, at each visual token; float32
+            (T, V), clipped at 0.
         geometry (TokenGeometry): of the resized pictures.
     """
 
     scale: float
     activation: Tensor
     geometry: TokenGeometry
-
-    @classmethod
-    def of(
-        cls, adapter: ModelAdapter, scale: float, geometry: TokenGeometry, hidden: Tensor, ids: Tensor
-    ) -> TokenLevel:
-        """From the hidden states (V, D) at the visual positions."""
-        return cls(scale, adapter.lens.activation(hidden, ids).clamp_min(0).T.cpu(), geometry)
 
     @property
     def n_visual(self) -> int:
@@ -228,16 +228,13 @@ def input_x_gradient(
     """
     leaves = {key: encoding.inputs[key].to(adapter.model.dtype).detach().clone().requires_grad_() for key in keys}
     with torch.enable_grad():
-        logits = encoding.rows(adapter.run(encoding.inputs | leaves).logits[0])
-        rows, ids = (positions - 1).clamp_min(0), encoding.input_ids[positions]
-        scores = logits[rows.to(logits.device)].float().log_softmax(1).gather(1, ids.to(logits.device)[:, None])[:, 0]
-        each = scores.unbind()
-        if not scores.requires_grad:
-            raise ValueError(
-                f"No gradient passes from the answer to the pixels of {type(adapter.model).__name__}; it has neither a "
-                "place per visual token nor pixel attribution."
-            )
-    for score, position in zip(each, positions.tolist(), strict=True):
+        scores = _log_probabilities(adapter, encoding, leaves, positions)
+    if not scores[0].requires_grad:
+        raise ValueError(
+            f"No gradient passes from the answer to the pixels of {type(adapter.model).__name__}; it has neither a "
+            "place per visual token nor pixel attribution."
+        )
+    for score, position in zip(scores, positions.tolist(), strict=True):
         if position == 0:
             yield {key: torch.zeros(leaf.shape) for key, leaf in leaves.items()}
             continue
@@ -246,6 +243,103 @@ def input_x_gradient(
             key: torch.zeros(leaf.shape) if grad is None else (leaf.detach() * grad).float().cpu()
             for (key, leaf), grad in zip(leaves.items(), grads, strict=True)
         }
+
+
+def _log_probabilities(
+    adapter: ModelAdapter, encoding: Encoding, changed: dict[str, Tensor], positions: Tensor
+) -> tuple[Tensor, ...]:
+    """Of the tokens at these positions, given all before them."""
+    logits = encoding.rows(adapter.run(encoding.inputs | changed).logits[0])
+    rows, ids = (positions - 1).clamp_min(0), encoding.input_ids[positions]
+    scores = logits[rows.to(logits.device)].float().log_softmax(1).gather(1, ids.to(logits.device)[:, None])
+    return scores[:, 0].unbind()
+
+
+def layer_gradient_x_activation(
+    adapter: ModelAdapter,
+    encoding: Encoding,
+    positions: Tensor,
+    argument: str | None = None,
+    layer: int | None = None,
+) -> Tensor:
+    r"""
+    Activation times gradient at the visual tokens' states, summed over features: Captum's LayerGradientXActivation of
+    text tokens' log-probabilities, of one pass forward and one backward per text token.
+
+    Args:
+
+        adapter (ModelAdapter): The model.
+        encoding (Encoding): Prompt and answer; batch of 1.
+        positions (Tensor): Positions of the text tokens, int64 (T,). What stands at position 0 nothing predicts: its
+                    gradient is 0.
+        argument (str, optional): Where the visual tokens are, as in
+                    :class:`~captum_intramodal.geometry.TokenGeometry`. The gradient at the states of a cross-attention
+                    is that of all layers which read them.
+                    Default: None, placeholders in the decoder's sequence
+        layer (int, optional): Decoder layer whose input is attributed to, of those states that change from layer to
+                    layer.
+                    Default: None, the first
+
+    Returns:
+        **attributions** (*Tensor*):
+            float32 (T, V), of either sign, on the CPU.
+
+    Raises:
+        ValueError: a layer that does not exist, or one of states which all layers read; no gradient reaches the states.
+    """
+    model = adapter.model
+    if argument in (None, "hidden_states"):
+        layers = decoder_layers(model)
+        index = 0 if layer is None else layer
+        if not -len(layers) <= index < len(layers):
+            raise ValueError(f"There is no layer {layer}; the decoder has {len(layers)}.")
+        blocks: list[nn.Module] = [layers[index]]
+    elif layer is not None:
+        raise ValueError(f"All layers of {type(model).__name__} read the same visual states; leave layer out.")
+    else:
+        blocks = decoder_blocks(model)
+    # What runs before the states needs no gradient: it begins with them.
+    with torch.no_grad(), _differentiable(blocks, argument) as states:
+        scores = _log_probabilities(adapter, encoding, {}, positions)
+    if not states or not any(score.requires_grad for score in scores):
+        raise ValueError(f"No gradient passes from the answer to the visual states of {type(model).__name__}.")
+    (leaf,) = states
+    count = len(state_rows(leaf, argument))
+    rows = visual_rows(model, encoding.inputs, argument, count).to(leaf.device)
+    attributions = torch.zeros(len(scores), len(rows))
+    for index, (score, position) in enumerate(zip(scores, positions.tolist(), strict=True)):
+        if position > 0:
+            (gradient,) = torch.autograd.grad(score, leaf, retain_graph=True)
+            product = state_rows((leaf.detach() * gradient).float(), argument)
+            attributions[index] = product[rows].sum(-1).cpu()
+    return attributions
+
+
+@contextmanager
+def _differentiable(blocks: Sequence[nn.Module], argument: str | None) -> Iterator[list[Tensor]]:
+    """Gives blocks the same states as before, as a function of a leaf, which the list holds once one of them ran."""
+    leaves: list[Tensor] = []
+    given: list[Tensor] = []
+
+    def replace(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if not given:
+            named = named_arguments(module, args, kwargs)
+            value = next(iter(named.values())) if argument is None else named.get(argument)
+            if not isinstance(value, Tensor):
+                return None
+            torch.set_grad_enabled(True)  # As long as the caller's torch.no_grad() lasts.
+            leaves.append(value.detach().requires_grad_())
+            # A leaf itself must not be changed in place.
+            given.extend([value, leaves[0].clone()])
+        old, new = given
+        return tuple(new if a is old else a for a in args), {k: new if v is old else v for k, v in kwargs.items()}
+
+    handles = [block.register_forward_pre_hook(replace, with_kwargs=True) for block in blocks]
+    try:
+        yield leaves
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def resize_pictures(pictures: Sequence[Image.Image], sizes: Sequence[tuple[int, int]]) -> list[Image.Image]:
@@ -291,9 +385,9 @@ def find_sights(
         scales (Sequence[float] or str): Factors of their size. ``'auto'``: the default ones, as far as the model sees
                     something of its own there, filled up with reductions that have a grid of tokens of their own.
         inputs (Mapping): What the processor makes of the originals.
-        method (str, optional): ``'logit_lens'`` needs a place per visual token (:class:`TokenGeometry`),
-                    ``'input_x_gradient'`` one per pixel element (:class:`PixelMaps`). ``'auto'``: the first where the
-                    model has one.
+        method (str, optional): ``'logit_lens'`` and ``'layer_gradient_x_activation'`` need a place per visual token
+                    (:class:`TokenGeometry`), the lens one in the decoder's sequence; ``'input_x_gradient'`` one per
+                    pixel element (:class:`PixelMaps`). ``'auto'``: the first that the model can do.
                     Default: ``'auto'``
         crops (bool, optional): Where the model sees nothing more of enlarged pictures, cut them (:class:`Windows`).
                     Default: False
@@ -360,17 +454,36 @@ def _see(
     if method != "input_x_gradient":
         try:
             geometry = adapter.geometry(sizes)
-            if bool(geometry.is_local.any()):
-                return geometry, adapter.geometry
-            reason = f"none of its {len(geometry.kinds)} visual tokens stands for a region of the picture"
         except ValueError as error:
             reason = str(error)
-        if method == "logit_lens":
+        else:
+            if not bool(geometry.is_local.any()):
+                reason = f"none of its {len(geometry.kinds)} visual tokens stands for a region of the picture."
+            elif method == "logit_lens" and geometry.argument is not None:
+                reason = (
+                    "its visual tokens are no placeholders in its decoder's sequence; "
+                    "method='layer_gradient_x_activation' explains it by them, and"
+                )
+            else:
+                return geometry, adapter.geometry
+        if method != "auto":
             raise ValueError(
                 f"{type(adapter.model).__name__} has no map per visual token: {reason} method='input_x_gradient' "
                 "explains it by its pixels."
             )
     return adapter.pixel_maps(sizes), adapter.pixel_maps
+
+
+def explained_by(method: Method, sight: Sight) -> Method:
+    """The method that ``'auto'`` stands for, given what the model sees."""
+    if method != "auto":
+        return method
+    if isinstance(sight, PixelMaps):
+        return "input_x_gradient"
+    if isinstance(sight, Enlarged):
+        return explained_by(method, sight.sight)
+    geometry = sight.geometry if isinstance(sight, Windows) else sight
+    return "logit_lens" if geometry.argument is None else "layer_gradient_x_activation"
 
 
 def _shrinks(inputs: Mapping[str, Any], pictures: Sequence[Image.Image]) -> bool:

@@ -2,7 +2,7 @@ r"""What the model says: one teacher-forced pass over prompts and answers, and o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +23,9 @@ from captum_intramodal.levels import (
     Sight,
     TokenLevel,
     Windows,
+    explained_by,
     find_sights,
+    layer_gradient_x_activation,
     resize_pictures,
     visual_states,
 )
@@ -80,6 +82,7 @@ class Reading:
         pictures (list[PIL.Image.Image]): the originals.
         text (TextTokens): the T text tokens.
         levels (list[Level]): one per scale.
+        method (str): whose maps they are.
         dropped (list[float]): scales that show the model nothing new.
         ranking_states (dict[int, Tensor]): by decoder layer the hidden states (2T, D) at the text tokens and at the
             positions before them.
@@ -90,6 +93,7 @@ class Reading:
     pictures: list[Image.Image]
     text: TextTokens
     levels: list[Level]
+    method: Method
     dropped: list[float]
     ranking_states: dict[int, Tensor]
     last: Tensor
@@ -125,7 +129,7 @@ def read_answers(
     prompts: Sequence[Prompt],
     answers: Sequence[str | Sequence[int] | None],
     scales: Scales,
-    layer: int = -1,
+    layer: int | None = None,
     ranking_layers: Sequence[int] = (-1,),
     max_new_tokens: int = 128,
     method: Method = "auto",
@@ -136,64 +140,71 @@ def read_answers(
     """Runs the model, on all examples together where it can: generation where no answer is given, one teacher-forced
     pass, one pass per other scale."""
     report("Reading the prompt")
-    encodings: list[Encoding] = []
-    texts: list[TextTokens] = []
-    states: list[list[Tensor]] = []
-    layers = select_layers(adapter.lens, [layer, *ranking_layers, -1])
+    layers = select_layers(adapter.lens, [-1 if layer is None else layer, *ranking_layers, -1])
+    examples: list[_Example] = []
     for rows, inputs in adapter.prepare_together(pictures, prompts):
         batch = _with_answers(adapter, inputs, [answers[row] for row in rows], max_new_tokens, report)
-        read = [TextTokens.of(adapter, e, shown_prompt(prompts[row])) for e, row in zip(batch, rows, strict=True)]
+        texts = [TextTokens.of(adapter, e, shown_prompt(prompts[row])) for e, row in zip(batch, rows, strict=True)]
         report(f"Reading the answer ({sum(len(e.answer_ids) for e in batch)} tokens)")
-        states += _read_states(adapter, batch, read, layers)
-        encodings += batch
-        texts += read
+        states = _read_states(adapter, batch, texts, layers)
+        examples += [
+            _Example(pictures[row], prompts[row], encoding, text, read)
+            for row, encoding, text, read in zip(rows, batch, texts, states, strict=True)
+        ]
 
     report("Finding out what the model sees of the pictures")
     found: dict[tuple[Size, ...], tuple[dict[float, Sight], list[float]]] = {}
-    sizes = [tuple(picture.size for picture in shown) for shown in pictures]
-    for i, encoding in enumerate(encodings):
-        if sizes[i] not in found:
-            alone = encoding.inputs if encoding.batch_size == 1 else adapter.prepare(pictures[i], prompts[i])
-            found[sizes[i]] = find_sights(adapter, pictures[i], scales, alone, method, crops, interpolate_pos_encoding)
+    for example in examples:
+        if example.sizes not in found:
+            alone = example.encoding.batch_size == 1
+            inputs = example.encoding.inputs if alone else adapter.prepare(example.pictures, example.prompt)
+            found[example.sizes] = find_sights(
+                adapter, example.pictures, scales, inputs, method, crops, interpolate_pos_encoding
+            )
 
-    levels: list[list[Level]] = [[] for _ in encodings]
+    levels: list[list[Level]] = [[] for _ in examples]
     for scale in sorted({scale for sights, _ in found.values() for scale in sights}):
         report(f"Looking at scale {scale:g}")
-        there = {i: found[sizes[i]][0][scale] for i in range(len(encodings)) if scale in found[sizes[i]][0]}
-        viewers = {i: sight.adapter if isinstance(sight, Enlarged) else adapter for i, sight in there.items()}
-        seen = {i: sight.sight if isinstance(sight, Enlarged) else sight for i, sight in there.items()}
-        own = {i for i in seen if scale == 1.0 and viewers[i] is adapter}  # The pass over the answer has shown them.
-        passes = {i: [] if i in own else _passes(sight, pictures[i]) for i, sight in seen.items()}
-        looks = _look(viewers, passes, prompts, layers[0])
-        for i, sight in seen.items():
-            if isinstance(sight, PixelMaps):
-                inputs = viewers[i].prepare(resize_pictures(pictures[i], sight.image_sizes), prompts[i])
-                encoding = viewers[i].encode(inputs, encodings[i].answer_ids)
-                positions = text_positions(viewers[i], encoding)
-                levels[i].append(PixelLevel.of(viewers[i], scale, sight, encoding, positions))
-                continue
-            visual = torch.cat(looks[i]) if looks[i] else states[i][0][: len(encodings[i].visual_positions)]
-            geometry = sight.geometry if isinstance(sight, Windows) else sight
-            levels[i].append(TokenLevel.of(adapter, scale, geometry, visual, texts[i].ids))
+        sights = {i: found[e.sizes][0][scale] for i, e in enumerate(examples) if scale in found[e.sizes][0]}
+        for i, level in _look(adapter, scale, sights, examples, method, layer, layers[0]).items():
+            levels[i].append(level)
 
     readings = []
-    for i, (encoding, text) in enumerate(zip(encodings, texts, strict=True)):
-        _, *ranked, last = (h[len(encoding.visual_positions) :] for h in states[i])
+    for example, seen in zip(examples, levels, strict=True):
+        _, *ranked, last = (h[len(example.encoding.visual_positions) :] for h in example.states)
         # The answer's tokens, each at the position before it.
-        answer_ids = text.ids[-len(encoding.answer_ids) :]
-        log_probability = adapter.lens.log_probability(last[-len(answer_ids) :], answer_ids.to(last.device))
+        ids = example.text.ids[-len(example.encoding.answer_ids) :]
+        log_probability = adapter.lens.log_probability(last[-len(ids) :], ids.to(last.device))
+        kept, dropped = found[example.sizes]
         readings.append(
             Reading(
-                pictures=pictures[i],
-                text=text,
-                levels=levels[i],
-                dropped=found[sizes[i]][1],
+                pictures=example.pictures,
+                text=example.text,
+                levels=seen,
+                method=explained_by(method, next(iter(kept.values()))),
+                dropped=dropped,
                 ranking_states=dict(zip(ranking_layers, ranked, strict=True)),
                 last=last,
                 probabilities=log_probability.exp().cpu(),
             )
         )
     return readings
+
+
+@dataclass(frozen=True)
+class _Example:
+    """A prompt with its pictures and answer, and what was read of it: the states of each layer at the visual tokens,
+    the text tokens and before these."""
+
+    pictures: list[Image.Image]
+    prompt: Prompt
+    encoding: Encoding
+    text: TextTokens
+    states: list[Tensor]
+
+    @property
+    def sizes(self) -> tuple[Size, ...]:
+        return tuple(picture.size for picture in self.pictures)
 
 
 def _with_answers(
@@ -233,30 +244,76 @@ def _read_states(
     return [list(each) for each in zip(*split, strict=True)]
 
 
-def _passes(sight: TokenGeometry | PixelMaps | Windows, pictures: list[Image.Image]) -> list[list[Image.Image]]:
-    """The pictures of each pass without gradients that it takes to see them."""
-    if isinstance(sight, Windows):
-        return list(sight.show(pictures))
-    return [] if isinstance(sight, PixelMaps) else [resize_pictures(pictures, sight.image_sizes)]
-
-
 def _look(
+    adapter: ModelAdapter,
+    scale: float,
+    sights: Mapping[int, Sight],
+    examples: Sequence[_Example],
+    method: Method,
+    layer: int | None,
+    lens_layer: nn.Module,
+) -> dict[int, Level]:
+    """What a scale shows of each example that it shows something to."""
+    viewers = {i: sight.adapter if isinstance(sight, Enlarged) else adapter for i, sight in sights.items()}
+    bare = {i: sight.sight if isinstance(sight, Enlarged) else sight for i, sight in sights.items()}
+    by_lens = [i for i, sight in bare.items() if explained_by(method, sight) == "logit_lens"]
+    # The pass over the answer has shown the originals.
+    passes = {i: _passes(bare[i], examples[i]) for i in by_lens if scale != 1.0 or viewers[i] is not adapter}
+    states = _visual_states(viewers, passes, examples, lens_layer)
+    levels: dict[int, Level] = {}
+    for i, sight in bare.items():
+        example, viewer = examples[i], viewers[i]
+        if isinstance(sight, PixelMaps):
+            (encoding,) = _encode_passes(viewer, sight, example)
+            levels[i] = PixelLevel.of(viewer, scale, sight, encoding, text_positions(viewer, encoding))
+            continue
+        geometry = sight.geometry if isinstance(sight, Windows) else sight
+        if i in by_lens:
+            visual = states[i] if i in states else example.states[0][: len(example.encoding.visual_positions)]
+            activation = adapter.lens.activation(visual, example.text.ids).T
+        else:
+            parts = [
+                layer_gradient_x_activation(
+                    viewer, encoding, text_positions(viewer, encoding), geometry.argument, layer
+                )
+                for encoding in _encode_passes(viewer, sight, example)
+            ]
+            activation = torch.cat(parts, dim=1)
+        levels[i] = TokenLevel(scale, activation.clamp_min(0).cpu(), geometry)
+    return levels
+
+
+def _passes(sight: TokenGeometry | PixelMaps | Windows, example: _Example) -> list[list[Image.Image]]:
+    """The pictures of each pass that it takes to see them."""
+    if isinstance(sight, Windows):
+        return list(sight.show(example.pictures))
+    return [resize_pictures(example.pictures, sight.image_sizes)]
+
+
+def _encode_passes(
+    viewer: ModelAdapter, sight: TokenGeometry | PixelMaps | Windows, example: _Example
+) -> Iterator[Encoding]:
+    for shown in _passes(sight, example):
+        yield viewer.encode(viewer.prepare(shown, example.prompt), example.encoding.answer_ids)
+
+
+def _visual_states(
     viewers: Mapping[int, ModelAdapter],
     passes: Mapping[int, list[list[Image.Image]]],
-    prompts: Sequence[Prompt],
+    examples: Sequence[_Example],
     layer: nn.Module,
-) -> dict[int, list[Tensor]]:
-    """Per example the hidden states at the visual positions in each of its passes; examples run together."""
-    looks: dict[int, list[Tensor]] = {i: [] for i in passes}
-    for turn in range(max(map(len, passes.values()))):
+) -> dict[int, Tensor]:
+    """Per example the hidden states at the visual positions in all of its passes; examples run together."""
+    states: dict[int, list[Tensor]] = {i: [] for i in passes}
+    for turn in range(max(map(len, passes.values()), default=0)):
         waiting = [i for i, shown in passes.items() if turn < len(shown)]
         for viewer in dict.fromkeys(viewers[i] for i in waiting):
             group = [i for i in waiting if viewers[i] is viewer]
             shown = [passes[i][turn] for i in group]
-            for rows, inputs in viewer.prepare_together(shown, [prompts[i] for i in group]):
+            for rows, inputs in viewer.prepare_together(shown, [examples[i].prompt for i in group]):
                 for row, hidden in zip(rows, visual_states(viewer, inputs, layer), strict=True):
-                    looks[group[row]].append(hidden)
-    return looks
+                    states[group[row]].append(hidden)
+    return {i: torch.cat(parts) for i, parts in states.items()}
 
 
 def shown_prompt(prompt: Prompt) -> str:

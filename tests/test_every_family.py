@@ -30,31 +30,34 @@ NOT_EXPLAINED = LEFT_OUT | {
     "pp_formulanet": "its processor crops each picture by what it shows, and no gradient passes through it",
     "udop": "its processor takes words with boxes from an OCR, not a prompt",
 }
-# No place per visual token: resamplers, cross-attention, encoder-decoders, pictures before the sequence.
+# Visual tokens that the decoder reads, but not in its sequence, and the argument of its blocks that holds them.
+BY_GRADIENTS = {
+    "blip": "encoder_hidden_states",
+    "florence2": "encoder_hidden_states",
+    "git": "hidden_states",
+    "idefics": "image_hidden_states",
+    "mllama": "cross_attention_states",
+    "pix2struct": "encoder_hidden_states",
+    "t5gemma2": "encoder_hidden_states",
+    "vision-encoder-decoder": "encoder_hidden_states",
+}
+# No place per visual token: resamplers, and a decoder that reads its encoder's cache.
 BY_PIXELS = {
     "aria",
-    "blip",
     "blip-2",
     "deepseek_ocr2",
     "diffusion_gemma",
-    "florence2",
-    "git",
-    "idefics",
     "idefics2",
     "instructblip",
     "kosmos-2",
     "kosmos-2.5",
-    "mllama",
-    "pix2struct",
-    "t5gemma2",
-    "vision-encoder-decoder",
 }
 # Codes of quantised pictures: no small change moves them, so that the oracle cannot tell.
 CODES = {"chameleon", "emu3"}
 
 
 def test_reasons() -> None:
-    assert set(NOT_EXPLAINED) <= set(FAMILIES) and set(FAMILIES) > BY_PIXELS
+    assert set(NOT_EXPLAINED) <= set(FAMILIES) and set(FAMILIES) > BY_PIXELS | set(BY_GRADIENTS)
     assert len(FAMILIES) - len(NOT_EXPLAINED) >= 85
 
 
@@ -63,13 +66,16 @@ def test_reasons() -> None:
 def test_explain(model_type: str) -> None:
     model, processor = build(model_type)
     explanation = explain(model, processor, picture(320, 200), "describe the picture", "a red cat", scales=(1.0,))
-    assert explanation.settings["method"] == ("input_x_gradient" if model_type in BY_PIXELS else "logit_lens")
+    methods = dict.fromkeys(BY_PIXELS, "input_x_gradient") | dict.fromkeys(BY_GRADIENTS, "layer_gradient_x_activation")
+    assert explanation.settings["method"] == methods.get(model_type, "logit_lens")
     assert explanation.answer.split() == ["a", "red", "cat"]
     assert bool(explanation.maps[0].isfinite().all()) and bool(explanation.maps[0].any())
     if model_type not in BY_PIXELS | CODES:
         bound = ModelAdapter(model, processor)
         prepare = lambda images: bound.prepare(images, "describe")  # noqa: E731
-        assert geometry_oracle(model, prepare, [picture(320, 200)], bound.geometry([(320, 200)]), blocks=12) >= 0.97
+        boxes = bound.geometry([(320, 200)])
+        assert boxes.argument == BY_GRADIENTS.get(model_type)
+        assert geometry_oracle(model, prepare, [picture(320, 200)], boxes, blocks=12) >= 0.97
 
 
 # Not by this loop: each pass has noise of its own; the tokenizer adds a token to the answer; pictures are nested.
@@ -81,7 +87,7 @@ NOT_BY_HAND = {"diffusion_gemma", "fuyu", "idefics"}
 def test_feature_ablation(model_type: str) -> None:
     model, processor = build(model_type)
     bound = ModelAdapter(model, processor)
-    inp = ImageTextInput(bound, picture(), "describe the picture", grid=(1, 2))
+    inp = ImageTextInput(bound, picture(320, 200), "describe the picture", grid=(1, 2))
     result = MultimodalLLMAttribution(FeatureAblation(model), bound).attribute(
         inp, "a red cat", perturbations_per_eval=3
     )
@@ -97,11 +103,11 @@ def test_feature_ablation(model_type: str) -> None:
 
     hidden = []
     for left in (0, 160):
-        pixels = np.asarray(picture()).copy()
+        pixels = np.asarray(picture(320, 200)).copy()
         pixels[:, left : left + 160] = pixels.reshape(-1, 3).mean(0).round()
         hidden.append(log_probabilities(Image.fromarray(pixels)))
-    hidden += [log_probabilities(picture(), word) for word in inp.values[2:]]
-    expected = log_probabilities(picture()) - torch.stack(hidden)
+    hidden += [log_probabilities(picture(320, 200), word) for word in inp.values[2:]]
+    expected = log_probabilities(picture(320, 200)) - torch.stack(hidden)
     assert torch.allclose(result.token_attr, expected.T, atol=1e-4)
 
 
