@@ -6,6 +6,7 @@ from captum_intramodal.arc import ARC, ActivationRankingCorrelation
 from captum_intramodal.check import CheckReport, check
 from captum_intramodal.explain import explain
 from captum_intramodal.explanation import Explanation
+from captum_intramodal.hidden_states import HiddenStates
 from captum_intramodal.logit_lens import LayerLogitLens, LogitLens
 from captum_intramodal.msea import DEFAULT_SCALES, MSEA, MultiScaleExplanationAggregation
 from captum_intramodal.pixels import PixelForward
@@ -19,6 +20,7 @@ __all__ = [
     "ActivationRankingCorrelation",
     "CheckReport",
     "Explanation",
+    "HiddenStates",
     "LayerLogitLens",
     "LogitLens",
     "ModelAdapter",
