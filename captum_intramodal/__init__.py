@@ -12,6 +12,7 @@ from captum_intramodal.msea import DEFAULT_SCALES, MSEA, MultiScaleExplanationAg
 from captum_intramodal.pixels import PixelForward
 from captum_intramodal.rankings import pairwise_rank_biased_overlap, rank_biased_overlap
 from captum_intramodal.text import Word
+from captum_intramodal.visual_tokens import VisualTokenAttribution, draw_positions
 
 __all__ = [
     "ARC",
@@ -26,9 +27,11 @@ __all__ = [
     "ModelAdapter",
     "MultiScaleExplanationAggregation",
     "PixelForward",
+    "VisualTokenAttribution",
     "Word",
     "__version__",
     "check",
+    "draw_positions",
     "explain",
     "pairwise_rank_biased_overlap",
     "rank_biased_overlap",
