@@ -460,7 +460,10 @@ class ActivationRankingCorrelation(Attribution):
             *Tensor* of the shape of the wrapped method's attribution (after ``reduce``).
         """
         if arc_context is None:
-            arc_context = self._answer()[: target[0]]
+            answer = self._answer()
+            if target not in answer:
+                raise ValueError(f"target must be one of the answer's (index, token id), {answer}, got {target!r}.")
+            arc_context = answer[: target[0]]
             if arc_relevance is not None:
                 arc_relevance = arc_relevance.first(len(arc_context) + 1)
         targets = [*arc_context, target]
@@ -520,7 +523,7 @@ class ActivationRankingCorrelation(Attribution):
             warnings.warn(
                 f"{type(innermost).__name__} knows no target: all tokens have the same map, and what their context has "
                 "too is taken away.",
-                stacklevel=4,
+                stacklevel=3,
             )
             maps = self._map(inputs, **kwargs)
             return maps.expand(len(targets), *maps.shape[1:])

@@ -216,6 +216,8 @@ def test_relevance_is_computed_once_for_several_methods(adapter: ModelAdapter, m
     for arc, maps in zip(methods, expected, strict=True):
         assert torch.allclose(arc.attribute_all(picture, arc_relevance=relevance), maps, atol=1e-6)
         assert torch.allclose(arc.attribute(picture, targets[1], arc_relevance=relevance), maps[1:2], atol=1e-6)
+    with pytest.raises(ValueError, match="one of the answer's"):
+        methods[0].attribute(picture, 7)
     with pytest.raises(ValueError, match="3 tokens, but there are 2"):
         methods[0].attribute(picture, targets[1], arc_context=targets[:1], arc_relevance=relevance)
 
