@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from captum_intramodal.check import CheckReport, check
     from captum_intramodal.explain import explain, explain_batch
     from captum_intramodal.explanation import Explanation
+    from captum_intramodal.hidden_states import HiddenStates
     from captum_intramodal.llm_attribution import (
         ImageTextInput,
         MultimodalLLMAttribution,
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from captum_intramodal.pixels import PixelForward
     from captum_intramodal.rankings import pairwise_rank_biased_overlap, rank_biased_overlap
     from captum_intramodal.text import Word
+    from captum_intramodal.visual_tokens import VisualTokenAttribution, draw_positions
 
 __all__ = [
     "ARC",
@@ -31,6 +33,7 @@ __all__ = [
     "ActivationRankingCorrelation",
     "CheckReport",
     "Explanation",
+    "HiddenStates",
     "ImageTextInput",
     "LayerLogitLens",
     "LogitLens",
@@ -39,9 +42,11 @@ __all__ = [
     "MultimodalLLMAttribution",
     "MultimodalLLMAttributionResult",
     "PixelForward",
+    "VisualTokenAttribution",
     "Word",
     "__version__",
     "check",
+    "draw_positions",
     "explain",
     "explain_batch",
     "pairwise_rank_biased_overlap",
@@ -49,8 +54,8 @@ __all__ = [
 ]
 
 _MODULES = (
-    "adapter", "arc", "check", "explain", "explanation", "llm_attribution", "logit_lens", "msea", "pixels", "rankings",
-    "text",
+    "adapter", "arc", "check", "explain", "explanation", "hidden_states", "llm_attribution", "logit_lens", "msea",
+    "pixels", "rankings", "text", "visual_tokens",
 )  # fmt: skip
 
 

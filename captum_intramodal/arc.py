@@ -2,8 +2,10 @@ r"""Activation Ranking Correlation: suppress the activation that irrelevant cont
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from inspect import signature
 from typing import Any, Literal, get_args, overload
 
 import torch
@@ -12,9 +14,19 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from captum_intramodal._captum import format_additional_forward_args, format_tensor_into_tuples, log_usage
+from captum_intramodal.hidden_states import (
+    Reduction,
+    attribute_positions,
+    check_reduction,
+    layer_method,
+    single_tensor,
+)
 from captum_intramodal.hooks import hidden_rows, run_layers
-from captum_intramodal.logit_lens import LogitLens, find_model, select_layers
+from captum_intramodal.logit_lens import LayerLogitLens, LogitLens, find_model, select_layers
+from captum_intramodal.msea import MSEA
+from captum_intramodal.pixels import PixelForward
 from captum_intramodal.rankings import NORMALIZATIONS, Normalization, pairwise_rank_biased_overlap
+from captum_intramodal.visual_tokens import VisualTokenAttribution
 
 __all__ = ["ARC", "ActivationRankingCorrelation", "ContextRelevance", "suppress_interference"]
 
@@ -60,6 +72,11 @@ class ContextRelevance:
         for name in weighting.split("*"):
             result = result * factors[name]
         return result
+
+    def first(self, count: int) -> ContextRelevance:
+        """Of the first ``count`` tokens."""
+        part = (slice(count), slice(count))
+        return ContextRelevance(self.relevance[part], self.text_activation[part], self.context[part])
 
 
 def suppress_interference(
@@ -157,6 +174,12 @@ class ActivationRankingCorrelation(Attribution):
     It is used in two ways: as a post-processor, :meth:`context` and :meth:`suppress`, on maps that exist already, from
     whatever method; and as a wrapper, :meth:`attribute`, around a Captum method that explains one target at a time.
 
+    Around a layer method at a decoder layer the maps are values at positions of the sequence (T, positions): see
+    ``reduce``, and :func:`~captum_intramodal.draw_positions` to see them on the picture. Around
+    :class:`~captum_intramodal.VisualTokenAttribution` they are maps of the picture. Of ``LayerGradCam``, a position's
+    value is the sum over features of hidden states times the gradients' means over all positions. ``LayerLogitLens``
+    attributes all targets in one pass.
+
     Args:
 
         attribution_method (Attribution, optional): The Captum method to wrap, for instance
@@ -184,9 +207,11 @@ class ActivationRankingCorrelation(Attribution):
                     Default: 1.0
         relu_attributions (bool, optional): Clip the result at 0; turn it off for signed attributions.
                     Default: True
-        reduce (Callable, optional): Applied to each attribution of the wrapped method before suppression, such as
-                    ``lambda a: a.sum(-1)`` to sum over hidden dimensions.
-                    Default: None
+        reduce (str or Callable, optional): How attributions (1, positions, D) of a decoder layer's hidden states become
+                    one value per position before suppression: ``'sum'`` or ``'norm'`` over the features; other
+                    attributions stay as they are. A function is applied to whatever the wrapped method returns; None
+                    leaves it.
+                    Default: ``'sum'``
 
     Examples::
 
@@ -194,6 +219,10 @@ class ActivationRankingCorrelation(Attribution):
         >>> # maps: (T, height, width) of the text tokens at ``positions`` (T,)
         >>> context = arc.context(inputs, positions)
         >>> suppressed = arc.suppress(maps, context)
+
+        >>> arc = ActivationRankingCorrelation(LayerIntegratedGradients(forward, layer), relu_attributions=False)
+        >>> arc.attribute_all(picture, n_steps=20).shape        # forward: a PixelForward
+        torch.Size([answer tokens, positions])
     """
 
     def __init__(
@@ -209,7 +238,7 @@ class ActivationRankingCorrelation(Attribution):
         least_squares: bool = True,
         strength: float = 1.0,
         relu_attributions: bool = True,
-        reduce: Callable[[Tensor], Tensor] | None = None,
+        reduce: Reduction = "sum",
     ) -> None:
         if attribution_method is not None and not isinstance(attribution_method, Attribution):
             raise TypeError(
@@ -219,6 +248,7 @@ class ActivationRankingCorrelation(Attribution):
         if attribution_method is None and model is None:
             raise ValueError("Pass an attribution_method to wrap, or model= to use ARC as a post-processor.")
         check_arc_options(k, p, normalization, weighting, ranking_position, strength)
+        check_reduction(reduce)
         self.attribution_method = attribution_method
         if model is None and attribution_method is not None:
             model = getattr(attribution_method, "lens", None) or find_model(attribution_method.forward_func)
@@ -373,14 +403,68 @@ class ActivationRankingCorrelation(Attribution):
         weights = context.weights(self.weighting)
         return suppress_interference(maps, weights, self.least_squares, self.strength, self.relu_attributions)
 
+    def forward_context(
+        self,
+        inputs: Tensor | tuple[Tensor, ...],
+        targets: Sequence[Any] | None = None,
+        arc_positions: Tensor | None = None,
+        additional_forward_args: Any = None,
+    ) -> ContextRelevance:
+        r"""
+        What :meth:`context` returns, from a run of the wrapped method's forward function: to compute it once and give
+        it, as ``arc_relevance``, to several methods.
+
+        Args:
+
+            inputs, targets, arc_positions, additional_forward_args: See :meth:`attribute_all`.
+
+        Returns:
+            ContextRelevance: of the targets' tokens.
+        """
+        targets, positions = self._locate(inputs, targets, arc_positions)
+        forward_args = format_tensor_into_tuples(inputs) + (
+            format_additional_forward_args(additional_forward_args) or ()
+        )
+        ids = torch.tensor([_token_id(target) for target in targets])
+        (result,) = self._contexts(lambda: self.forward_func(*forward_args), [positions], [ids])
+        return result
+
+    def _locate(
+        self, inputs: Any, targets: Sequence[Any] | None, positions: Tensor | None
+    ) -> tuple[Sequence[Any], Tensor]:
+        """Targets and their tokens' positions, which a PixelForward knows."""
+        forward = self.forward_func
+        if targets is None:
+            targets = self._answer()
+        if positions is None:
+            if not isinstance(forward, PixelForward) or not all(isinstance(target, tuple) for target in targets):
+                raise ValueError(
+                    "Pass arc_positions, the position of each token in the sequence; only a PixelForward with targets "
+                    "(index in the answer, token id) knows them."
+                )
+            positions = forward.positions(format_tensor_into_tuples(inputs)[0][0])[[target[0] for target in targets]]
+        if len(targets) != len(positions):
+            raise ValueError(f"{len(targets)} targets but {len(positions)} positions; pass one position per target.")
+        return targets, check_positions(positions, None)
+
+    def _answer(self) -> list[tuple[int, int]]:
+        forward = self.forward_func
+        if not isinstance(forward, PixelForward):
+            raise ValueError(
+                f"Which tokens are context is known only of a PixelForward, not of {type(forward).__name__}; pass "
+                "arc_context or targets."
+            )
+        return list(enumerate(forward.answer_ids))
+
     @log_usage(part_of_slo=True)
     def attribute(
         self,
         inputs: Tensor | tuple[Tensor, ...],
         target: Any,
-        arc_context: Sequence[Any],
-        arc_positions: Tensor,
+        arc_context: Sequence[Any] | None = None,
+        arc_positions: Tensor | None = None,
         additional_forward_args: Any = None,
+        arc_relevance: ContextRelevance | None = None,
         **kwargs: Any,
     ) -> Tensor:
         r"""
@@ -391,24 +475,40 @@ class ActivationRankingCorrelation(Attribution):
 
             inputs (Tensor or tuple[Tensor, ...]): As the wrapped method takes them; one example.
             target (int or tuple): Captum target of the token to explain; the (last) entry is the token's id.
-            arc_context (Sequence): Captum targets of its context tokens, in the order of the sequence.
-            arc_positions (Tensor): Positions in the sequence of the context tokens and, last, of the token itself,
-                        int64 (len(arc_context) + 1,).
+            arc_context (Sequence, optional): Captum targets of its context tokens, in the order of the sequence.
+                        Default: None, all earlier tokens of the answer, if the forward function is a ``PixelForward``.
+            arc_positions (Tensor, optional): Positions in the sequence of the context tokens and, last, of the token
+                        itself, int64 (len(arc_context) + 1,).
+                        Default: None, found by the ``PixelForward``.
             additional_forward_args (Any, optional): Of the forward function.
                         Default: None
+            arc_relevance (ContextRelevance, optional): Of the same tokens, from :meth:`forward_context`; without
+                        ``arc_context``, that of the whole answer will do.
+                        Default: None, computed.
             **kwargs (Any, optional): Further arguments of the wrapped method.
 
         Returns:
             *Tensor* of the shape of the wrapped method's attribution (after ``reduce``).
         """
-        return self.attribute_all(inputs, [*arc_context, target], arc_positions, additional_forward_args, **kwargs)[-1:]
+        if arc_context is None:
+            answer = self._answer()
+            if target not in answer:
+                raise ValueError(f"target must be one of the answer's (index, token id), {answer}, got {target!r}.")
+            arc_context = answer[: target[0]]
+            if arc_relevance is not None:
+                arc_relevance = arc_relevance.first(len(arc_context) + 1)
+        targets = [*arc_context, target]
+        return self.attribute_all(
+            inputs, targets, arc_positions, additional_forward_args, arc_relevance=arc_relevance, **kwargs
+        )[-1:]
 
     def attribute_all(
         self,
         inputs: Tensor | tuple[Tensor, ...],
-        targets: Sequence[Any],
-        arc_positions: Tensor,
+        targets: Sequence[Any] | None = None,
+        arc_positions: Tensor | None = None,
         additional_forward_args: Any = None,
+        arc_relevance: ContextRelevance | None = None,
         **kwargs: Any,
     ) -> Tensor:
         r"""
@@ -417,37 +517,65 @@ class ActivationRankingCorrelation(Attribution):
         Args:
 
             inputs, additional_forward_args, kwargs: See :meth:`attribute`.
-            targets (Sequence): Captum targets in the order of the sequence; the (last) entry of each is a token id.
-            arc_positions (Tensor): Position in the sequence of each target's token, int64 (T,).
+            targets (Sequence, optional): Captum targets in the order of the sequence; the (last) entry of each is a
+                        token id.
+                        Default: None, the whole answer, if the forward function is a ``PixelForward``.
+            arc_positions (Tensor, optional): Position in the sequence of each target's token, int64 (T,).
+                        Default: None, found by the ``PixelForward``.
+            arc_relevance (ContextRelevance, optional): Of the targets' tokens, from :meth:`forward_context` of this or
+                        another ARC with the same forward function; positions are not needed then.
+                        Default: None, computed.
 
         Returns:
             *Tensor* (T, ...): one suppressed attribution per target.
 
         Raises:
-            ValueError: no wrapped method, more than one example, or a method that returns several tensors.
+            ValueError: no wrapped method, more than one example, a method that returns several tensors, or a relevance
+                of other tokens.
         """
-        method = self.attribution_method
-        if method is None:
+        if self.attribution_method is None:
             raise ValueError("This ARC wraps no attribution method; use context and suppress.")
-        if len(targets) != len(arc_positions):
-            raise ValueError(
-                f"{len(targets)} targets but {len(arc_positions)} positions; pass one position per target."
+        targets = self._answer() if targets is None else targets
+        if arc_relevance is None:
+            arc_relevance = self.forward_context(inputs, targets, arc_positions, additional_forward_args)
+        if len(arc_relevance.context) != len(targets):
+            raise ValueError(f"arc_relevance is of {len(arc_relevance.context)} tokens, but there are {len(targets)}.")
+        if additional_forward_args is not None:
+            kwargs["additional_forward_args"] = additional_forward_args
+        return self.suppress(self._maps(inputs, targets, kwargs), arc_relevance)
+
+    def _maps(self, inputs: Any, targets: Sequence[Any], kwargs: dict[str, Any]) -> Tensor:
+        """The wrapped method's attributions of all targets, (T, ...)."""
+        chain: list[Any] = [self.attribution_method]
+        while (inner := getattr(chain[-1], "attribution_method", None)) is not None:
+            chain.append(inner)
+        *wrappers, innermost = chain
+        if "target" not in signature(innermost.attribute).parameters:
+            warnings.warn(
+                f"{type(innermost).__name__} knows no target: all tokens have the same map, and what their context has "
+                "too is taken away.",
+                stacklevel=3,
             )
-        forward_args = format_tensor_into_tuples(inputs) + (
-            format_additional_forward_args(additional_forward_args) or ()
-        )
-        positions = check_positions(arc_positions, None)
-        tokens = torch.tensor([int(t[-1]) if isinstance(t, tuple) else int(t) for t in targets])
-        (context,) = self._contexts(lambda: method.forward_func(*forward_args), [positions], [tokens])
-        maps = []
-        for target in targets:
-            result = method.attribute(inputs, target=target, additional_forward_args=additional_forward_args, **kwargs)
-            if isinstance(result, tuple) and len(result) == 1:
-                result = result[0]
-            if not isinstance(result, Tensor) or result.shape[0] != 1:
-                raise ValueError("ARC needs one attribution tensor of one example from the wrapped method.")
-            maps.append(result.detach() if self.reduce is None else self.reduce(result.detach()))
-        return self.suppress(torch.cat(maps), context)
+            maps = self._map(inputs, **kwargs)
+            return maps.expand(len(targets), *maps.shape[1:])
+        at_once = isinstance(innermost, LayerLogitLens) and not callable(self.reduce)
+        if at_once and all(isinstance(wrapper, MSEA | VisualTokenAttribution) for wrapper in wrappers):
+            ids = torch.tensor([[_token_id(target) for target in targets]])
+            maps = self._map(inputs, target=ids, **kwargs)
+            return maps[0] if maps.ndim == 3 else maps.transpose(0, 1)
+        return torch.cat([self._map(inputs, target=target, **kwargs) for target in targets])
+
+    def _map(self, inputs: Any, **kwargs: Any) -> Tensor:
+        method: Any = self.attribution_method
+        inner = layer_method(method)
+        if inner is not None and inner.layer in {*self.lens.layers.modules(), self.lens.norm}:
+            result = attribute_positions(method, inputs, self.reduce, **kwargs)
+        else:
+            result = single_tensor(method.attribute(inputs, **kwargs))
+            result = self.reduce(result) if callable(self.reduce) else result
+        if result.shape[0] != 1:
+            raise ValueError(f"ARC attributes one example, got attributions of shape {tuple(result.shape)}.")
+        return result
 
     def attribute_future(self) -> None:
         """This method is not implemented for ActivationRankingCorrelation."""
@@ -455,6 +583,10 @@ class ActivationRankingCorrelation(Attribution):
 
 
 ARC = ActivationRankingCorrelation
+
+
+def _token_id(target: Any) -> int:
+    return int(target[-1]) if isinstance(target, tuple) else int(target)
 
 
 def check_positions(positions: Tensor, length: int | None) -> Tensor:

@@ -4,10 +4,18 @@ from typing import Any
 
 import pytest
 import torch
-from captum.attr import IntegratedGradients, LayerIntegratedGradients
+from captum.attr import (
+    IntegratedGradients,
+    InternalInfluence,
+    LayerActivation,
+    LayerConductance,
+    LayerGradCam,
+    LayerGradientXActivation,
+    LayerIntegratedGradients,
+)
 from PIL import Image
 from tiny import tiny
-from torch import Tensor
+from torch import Tensor, nn
 
 from captum_intramodal import (
     ARC,
@@ -19,6 +27,7 @@ from captum_intramodal import (
     rank_biased_overlap,
 )
 from captum_intramodal.arc import WEIGHTINGS, ContextRelevance, suppress_interference
+from captum_intramodal.hidden_states import attribute_positions
 from captum_intramodal.tam import estimated_causal_inference
 
 
@@ -157,16 +166,127 @@ def test_wrapper_around_layer_integrated_gradients(adapter: ModelAdapter) -> Non
     layer = adapter.lens.layers[0]
     method = LayerIntegratedGradients(forward, layer)
     options = dict(n_steps=2, attribute_to_layer_input=True)
-    arc = ActivationRankingCorrelation(method, reduce=lambda a: a.sum(-1), relu_attributions=False)
+    arc = ActivationRankingCorrelation(method, relu_attributions=False)
     targets, positions = answer_targets(forward), forward.positions(picture[0])
     every = arc.attribute_all(picture, targets, positions, **options)
-    maps = torch.cat([method.attribute(picture, target=t, **options).sum(-1).detach() for t in targets])
+    maps = torch.cat(
+        [method.attribute(picture, target=t, internal_batch_size=1, **options).sum(-1).detach() for t in targets]
+    )
     assert every.shape == maps.shape
     context = arc.context(forward.inputs(picture[0]), positions) if arc.model is not None else None
     assert context is not None
     assert torch.allclose(every, arc.suppress(maps, context), atol=1e-6)
     last = arc.attribute(picture, targets[-1], arc_context=targets[:-1], arc_positions=positions, **options)
     assert torch.allclose(last, every[-1:], atol=1e-6)
+    assert torch.allclose(arc.attribute_all(picture, **options), every, atol=1e-6)
+    assert torch.allclose(arc.attribute(picture, targets[1], **options), every[1:2], atol=1e-6)
+
+
+@pytest.mark.parametrize("model_type", ["qwen2_vl", "llava", "smolvlm"])
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        (LayerGradientXActivation, {}),
+        (LayerGradCam, {}),
+        (LayerConductance, {"n_steps": 2}),
+        (InternalInfluence, {"n_steps": 2}),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_wrapper_around_layer_methods(model_type: str, method: type, options: dict[str, Any]) -> None:
+    adapter = ModelAdapter(*tiny(model_type))
+    forward, picture = PixelForward(adapter, "describe the picture", "a red dog"), torch.rand(1, 3, 64, 96)
+    inner = method(forward, adapter.lens.layers[1])
+    arc = ARC(inner)
+    maps = torch.cat([attribute_positions(inner, picture, "sum", target=t, **options) for t in answer_targets(forward)])
+    relevance = arc.context(forward.inputs(picture[0]), forward.positions(picture[0]))
+    every = arc.attribute_all(picture, **options)
+    assert every.shape == (3, forward.inputs(picture[0])["input_ids"].shape[1])
+    weights = relevance.weights("irrelevance")
+    assert torch.allclose(every, literal_suppression(maps, weights, True, 1.0), atol=1e-6)
+
+
+def test_relevance_is_computed_once_for_several_methods(adapter: ModelAdapter, monkeypatch: pytest.MonkeyPatch) -> None:
+    forward, picture = PixelForward(adapter, "describe the picture", "a red dog"), torch.rand(1, 3, 64, 96)
+    layer, targets = adapter.lens.layers[1], answer_targets(forward)
+    methods = [ARC(LayerGradientXActivation(forward, layer)), ARC(LayerGradCam(forward, layer), model=adapter.lens)]
+    expected = [arc.attribute_all(picture) for arc in methods]
+    relevance = methods[0].forward_context(picture)
+    monkeypatch.setattr(ARC, "forward_context", None)
+    for arc, maps in zip(methods, expected, strict=True):
+        assert torch.allclose(arc.attribute_all(picture, arc_relevance=relevance), maps, atol=1e-6)
+        assert torch.allclose(arc.attribute(picture, targets[1], arc_relevance=relevance), maps[1:2], atol=1e-6)
+    with pytest.raises(ValueError, match="one of the answer's"):
+        methods[0].attribute(picture, 7)
+    with pytest.raises(ValueError, match="3 tokens, but there are 2"):
+        methods[0].attribute(picture, targets[1], arc_context=targets[:1], arc_relevance=relevance)
+
+
+def test_features_of_hidden_states_are_reduced(adapter: ModelAdapter) -> None:
+    forward, picture = PixelForward(adapter, "describe the picture", "a"), torch.rand(1, 3, 64, 96)
+    method = LayerGradientXActivation(forward, adapter.lens.layers[0])
+    plain = method.attribute(picture, target=(0, forward.answer_ids[0])).detach()
+    for reduce, expected in (("sum", plain.sum(-1)), ("norm", plain.norm(dim=-1)), (None, plain)):
+        actual = ARC(method, relu_attributions=False, reduce=reduce).attribute_all(picture)  # type: ignore[arg-type]
+        assert torch.allclose(actual, expected, atol=1e-6)
+    with pytest.raises(ValueError, match="reduce"):
+        ARC(method, reduce="mean")  # type: ignore[arg-type]
+
+
+def test_all_targets_in_one_pass_of_the_logit_lens(adapter: ModelAdapter) -> None:
+    forward, picture = PixelForward(adapter, "describe the picture", "a red dog"), torch.rand(1, 3, 64, 96)
+    method = LayerLogitLens(forward, adapter.lens.layers[-1])
+    arc, calls = ARC(method), []
+    relevance = arc.forward_context(picture)
+    handle = adapter.lens.layers[0].register_forward_hook(lambda *_: calls.append(1))
+    every = arc.attribute_all(picture, arc_relevance=relevance)
+    handle.remove()
+    assert len(calls) == 1
+    maps = torch.cat([method.attribute(picture, target=target) for target in answer_targets(forward)])
+    assert torch.allclose(every, arc.suppress(maps, relevance), atol=1e-6)
+
+
+def test_a_method_without_target_runs_once_and_warns(adapter: ModelAdapter) -> None:
+    forward, picture = PixelForward(adapter, "describe the picture", "a red dog"), torch.rand(1, 3, 64, 96)
+    with pytest.warns(UserWarning, match="knows no target"):
+        every = ARC(LayerActivation(forward, adapter.lens.layers[0]), reduce="norm").attribute_all(picture)
+    assert every[0].max() > 0 and torch.allclose(every[1:], torch.zeros(()), atol=1e-3)
+
+
+class Plain(nn.Module):
+    """A plain function of the processor's pixels, with ids beside them."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, pixel_values: Tensor, input_ids: Tensor) -> Tensor:
+        return self.model(input_ids=input_ids, pixel_values=pixel_values).logits
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_plain_module_over_ids_and_pixels(dtype: torch.dtype) -> None:
+    model, processor = tiny("llava")
+    adapter = ModelAdapter(model.to(dtype), processor)
+    inputs = PixelForward(adapter, "describe the picture", "a red dog").inputs(torch.rand(3, 64, 96))
+    ids, pixels = inputs["input_ids"], inputs["pixel_values"].to(dtype)
+    length = ids.shape[1]
+    positions = torch.arange(length - 3, length)
+    targets = [(int(p) - 1, int(ids[0, p])) for p in positions]
+    method = LayerIntegratedGradients(Plain(model), model.get_decoder().layers[1])
+    options: dict[str, Any] = {"additional_forward_args": ids, "n_steps": 2}
+    arc = ARC(method)
+    every = arc.attribute_all(pixels, targets, positions, **options)
+    maps = torch.cat(
+        [method.attribute(pixels, target=target, **options).detach().float().sum(-1) for target in targets]
+    )
+    assert every.shape == (3, length) and every.dtype == torch.float32
+    relevance = arc.context({"input_ids": ids, "pixel_values": pixels}, positions)
+    assert torch.allclose(every, arc.suppress(maps, relevance), atol=1e-2 if dtype == torch.bfloat16 else 1e-5)
+    with pytest.raises(ValueError, match="arc_positions"):
+        arc.attribute_all(pixels, targets, **options)
+    with pytest.raises(ValueError, match="arc_context"):
+        arc.attribute(pixels, targets[-1], **options)
 
 
 def test_wrapper_around_the_logit_lens(adapter: ModelAdapter) -> None:
@@ -176,7 +296,7 @@ def test_wrapper_around_the_logit_lens(adapter: ModelAdapter) -> None:
     targets = answer_targets(forward)
     result = ARC(method).attribute_all(picture, targets, forward.positions(picture[0]))
     assert result.shape == (3, forward.inputs(picture[0])["input_ids"].shape[1])
-    assert torch.equal(result[0], method.attribute(picture, target=targets[0])[0])
+    assert torch.allclose(result[0], method.attribute(picture, target=targets[0])[0], atol=1e-6)
 
 
 @pytest.mark.parametrize(
