@@ -8,7 +8,7 @@ from captum_intramodal.explain import explain
 from captum_intramodal.explanation import Explanation
 from captum_intramodal.logit_lens import LayerLogitLens, LogitLens
 from captum_intramodal.msea import DEFAULT_SCALES, MSEA, MultiScaleExplanationAggregation
-from captum_intramodal.pixels import PixelForward
+from captum_intramodal.pixels import PixelForward, ProcessedPixelForward
 from captum_intramodal.rankings import pairwise_rank_biased_overlap, rank_biased_overlap
 from captum_intramodal.text import Word
 
@@ -24,6 +24,7 @@ __all__ = [
     "ModelAdapter",
     "MultiScaleExplanationAggregation",
     "PixelForward",
+    "ProcessedPixelForward",
     "Word",
     "__version__",
     "check",
