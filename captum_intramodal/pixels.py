@@ -394,10 +394,11 @@ class ProcessedPixelForward(_AnswerForward):
         """By name, with the elements that show nothing of the picture as they are."""
         result = {}
         for key, value in zip(self._keys, pixels, strict=True):
+            value = _not_blank(value)
             if key in self._maps:
                 shows = (self._maps[key].gain != 0).reshape(value.shape).to(value.device)
                 value = torch.where(shows, value, self._inputs[key].to(value))
-            result[key] = _not_blank(value)
+            result[key] = value
         return result
 
     def _measured(self) -> list[PixelMap]:
