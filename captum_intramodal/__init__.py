@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     )
     from captum_intramodal.logit_lens import LayerLogitLens, LogitLens
     from captum_intramodal.msea import DEFAULT_SCALES, MSEA, MultiScaleExplanationAggregation
-    from captum_intramodal.pixels import PixelForward
+    from captum_intramodal.pixels import PixelForward, ProcessedPixelForward
     from captum_intramodal.rankings import pairwise_rank_biased_overlap, rank_biased_overlap
     from captum_intramodal.text import Word
     from captum_intramodal.visual_tokens import VisualTokenAttribution, draw_positions
@@ -42,6 +42,7 @@ __all__ = [
     "MultimodalLLMAttribution",
     "MultimodalLLMAttributionResult",
     "PixelForward",
+    "ProcessedPixelForward",
     "VisualTokenAttribution",
     "Word",
     "__version__",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from difflib import SequenceMatcher
 from functools import cached_property
 from inspect import signature
 from typing import Any
@@ -193,11 +194,11 @@ class ModelAdapter:
                 where they cannot stack pictures of different sizes.
         """
         texts = [self.prompt_text(prompt, len(shown)) for prompt, shown in zip(prompts, images, strict=True)]
-        bos = self.tokenizer.bos_token
-        have_bos = {bool(bos) and text.startswith(bos) for text in texts}
-        if len(have_bos) > 1:
-            raise ValueError(f"Some prompts begin with {bos} and some do not; they cannot be tokenized together.")
-        extra: dict[str, Any] = {"add_special_tokens": False} if True in have_bos else {}
+        extra, *others = [self._tokenizing(text) for text in texts]
+        if any(other != extra for other in others):
+            raise ValueError(
+                f"Some prompts begin with {self.tokenizer.bos_token}, some do not; they cannot be tokenized together."
+            )
         if "mm_token_type_ids" in self.reads:
             extra["return_mm_token_type_ids"] = True
         several = len(texts) > 1
@@ -245,6 +246,36 @@ class ModelAdapter:
         """Where each prompt of a left-padded batch begins in its sequence."""
         count, length = self._decoder_ids(inputs).shape
         return [0] if count == 1 else (length - inputs["attention_mask"].sum(1)).tolist()
+
+    def _tokenizing(self, text: str) -> dict[str, Any]:
+        """Options with which a prompt that a chat template began is not begun once more."""
+        bos = self.tokenizer.bos_token
+        return {"add_special_tokens": False} if bos and text.startswith(bos) else {}
+
+    def prompt_positions(self, inputs: Mapping[str, Any], prompt: Prompt) -> tuple[Tensor, Tensor]:
+        r"""
+        The tokens of a prompt about one picture, the chat template's included, without what the processor puts in the
+        place of the picture: as many at every size of the picture.
+
+        Args:
+
+            inputs (dict): What :meth:`prepare` makes of the picture and the prompt.
+            prompt (str or Sequence[Mapping]): The prompt.
+
+        Returns:
+            **positions, ids** (*tuple[Tensor, Tensor]*):
+                int64 (T,) each, on the CPU: places in the sequence that the model's text embeddings read (of an
+                encoder-decoder whose encoder reads the prompt, the encoder's), and the tokens there.
+        """
+        read = inputs["input_ids"] if "input_ids" in inputs else self._decoder_ids(inputs)
+        text = self.prompt_text(prompt, 1)
+        plain = self.tokenizer(text, **self._tokenizing(text))["input_ids"]
+        ids = read[0].tolist()
+        blocks = SequenceMatcher(None, plain, ids, autojunk=False).get_matching_blocks()
+        same = [block.b + i for block in blocks for i in range(block.size)]
+        placeholder = image_token_id(self.model)
+        positions = torch.tensor([i for i in same if ids[i] != placeholder], dtype=torch.int64)
+        return positions, read[0].cpu()[positions]
 
     def _begin_decoding(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """What an encoder-decoder's decoder reads first: its start token, and the prompt if the encoder does not."""

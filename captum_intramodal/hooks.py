@@ -20,6 +20,7 @@ __all__ = [
     "position_tables",
     "put_rows",
     "replace_first_tensor",
+    "replaced_embeddings",
     "run_layers",
 ]
 
@@ -133,17 +134,69 @@ def capture_outputs(
 
 
 @contextmanager
-def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients; training flags and random state are given back."""
+def evaluation_mode(model: nn.Module, gradients: bool = False) -> Iterator[None]:
+    """Evaluation mode, without gradients, or with those of the inputs alone: the parameters need none meanwhile.
+
+    Training flags, the parameters' ``requires_grad`` and the random state are given back.
+    """
     training = [(module, module.training) for module in model.modules()]
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad] if gradients else []
     devices = {parameter.device for parameter in model.parameters() if parameter.device.type == "cuda"}
-    model.eval()
     try:
-        with torch.no_grad(), torch.random.fork_rng(devices=list(devices)):
+        model.eval()
+        for parameter in trained:
+            parameter.requires_grad_(False)
+        with torch.set_grad_enabled(gradients and torch.is_grad_enabled()), torch.random.fork_rng(list(devices)):
             yield
     finally:
         for module, flag in training:
             module.training = flag
+        for parameter in trained:
+            parameter.requires_grad_(True)
+
+
+@contextmanager
+def replaced_embeddings(embeddings: nn.Module, ids: Tensor, positions: Tensor, rows: Tensor) -> Iterator[None]:
+    r"""
+    Lets a model read other embeddings in the place of some tokens' own.
+
+    Args:
+
+        embeddings (Module): The model's input embeddings.
+        ids (Tensor): The tokens, int64 (T,). Only calls of the module with these tokens in these places count, so that
+                    the ids of pictures' placeholders may change on the way, and an encoder-decoder's other part, which
+                    shares the module, reads its own.
+        positions (Tensor): Their positions, int64 (T,).
+        rows (Tensor): What stands there instead, (T, width); gradients pass through.
+
+    Raises:
+        ValueError: the module was not called with these tokens, so that nothing was replaced.
+    """
+    replaced = False
+
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        nonlocal replaced
+        read = args[0] if args else next(iter(kwargs.values()), None)
+        if (
+            isinstance(read, Tensor)
+            and read.ndim == 2
+            and read.shape[1] > int(positions.max())
+            and torch.equal(read[0, positions.to(read.device)], ids.to(read.device))
+        ):
+            replaced = True
+            output = output.index_copy(1, positions.to(output.device), rows[None].to(output))
+        return output
+
+    handle = embeddings.register_forward_hook(hook, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
+    if not replaced:
+        raise ValueError(
+            f"The model never looked up the {len(ids)} tokens of the prompt in its {type(embeddings).__name__}, so "
+            "their embeddings cannot be replaced."
+        )
 
 
 def run_layers(
