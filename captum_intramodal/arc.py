@@ -425,7 +425,7 @@ class ActivationRankingCorrelation(Attribution):
         forward_args = format_tensor_into_tuples(inputs) + (
             format_additional_forward_args(additional_forward_args) or ()
         )
-        ids = torch.tensor([_token_id(target) for target in targets])
+        ids = self._token_ids(targets)
         (result,) = self._contexts(lambda: self.forward_func(*forward_args), [positions], [ids])
         return result
 
@@ -437,24 +437,31 @@ class ActivationRankingCorrelation(Attribution):
         if targets is None:
             targets = self._answer()
         if positions is None:
-            if not isinstance(forward, PixelForward) or not all(isinstance(target, tuple) for target in targets):
+            if not isinstance(forward, PixelForward) or any(target not in forward.targets for target in targets):
                 raise ValueError(
-                    "Pass arc_positions, the position of each token in the sequence; only a PixelForward with targets "
-                    "(index in the answer, token id) knows them."
+                    "Pass arc_positions, the position of each token in the sequence; only a PixelForward knows them, "
+                    "and of its own targets."
                 )
-            positions = forward.positions(format_tensor_into_tuples(inputs)[0][0])[[target[0] for target in targets]]
+            indices = [forward.targets.index(target) for target in targets]
+            positions = forward.positions(format_tensor_into_tuples(inputs)[0][0])[indices]
         if len(targets) != len(positions):
             raise ValueError(f"{len(targets)} targets but {len(positions)} positions; pass one position per target.")
         return targets, check_positions(positions, None)
 
-    def _answer(self) -> list[tuple[int, int]]:
+    def _token_ids(self, targets: Sequence[Any]) -> Tensor:
+        forward = self.forward_func
+        if isinstance(forward, PixelForward) and all(target in forward.targets for target in targets):
+            return torch.tensor([forward.answer_ids[forward.targets.index(target)] for target in targets])
+        return torch.tensor([int(target[-1]) if isinstance(target, tuple) else int(target) for target in targets])
+
+    def _answer(self) -> Sequence[Any]:
         forward = self.forward_func
         if not isinstance(forward, PixelForward):
             raise ValueError(
                 f"Which tokens are context is known only of a PixelForward, not of {type(forward).__name__}; pass "
                 "arc_context or targets."
             )
-        return list(enumerate(forward.answer_ids))
+        return forward.targets
 
     @log_usage(part_of_slo=True)
     def attribute(
@@ -474,7 +481,8 @@ class ActivationRankingCorrelation(Attribution):
         Args:
 
             inputs (Tensor or tuple[Tensor, ...]): As the wrapped method takes them; one example.
-            target (int or tuple): Captum target of the token to explain; the (last) entry is the token's id.
+            target (int or tuple): Captum target of the token to explain: one of a ``PixelForward``'s ``targets``; of
+                        other forward functions the (last) entry is the token's id.
             arc_context (Sequence, optional): Captum targets of its context tokens, in the order of the sequence.
                         Default: None, all earlier tokens of the answer, if the forward function is a ``PixelForward``.
             arc_positions (Tensor, optional): Positions in the sequence of the context tokens and, last, of the token
@@ -493,8 +501,8 @@ class ActivationRankingCorrelation(Attribution):
         if arc_context is None:
             answer = self._answer()
             if target not in answer:
-                raise ValueError(f"target must be one of the answer's (index, token id), {answer}, got {target!r}.")
-            arc_context = answer[: target[0]]
+                raise ValueError(f"target must be one of the answer's, {answer}, got {target!r}.")
+            arc_context = answer[: answer.index(target)]
             if arc_relevance is not None:
                 arc_relevance = arc_relevance.first(len(arc_context) + 1)
         targets = [*arc_context, target]
@@ -560,8 +568,7 @@ class ActivationRankingCorrelation(Attribution):
             return maps.expand(len(targets), *maps.shape[1:])
         at_once = isinstance(innermost, LayerLogitLens) and not callable(self.reduce)
         if at_once and all(isinstance(wrapper, MSEA | VisualTokenAttribution) for wrapper in wrappers):
-            ids = torch.tensor([[_token_id(target) for target in targets]])
-            maps = self._map(inputs, target=ids, **kwargs)
+            maps = self._map(inputs, target=self._token_ids(targets)[None], **kwargs)
             return maps[0] if maps.ndim == 3 else maps.transpose(0, 1)
         return torch.cat([self._map(inputs, target=target, **kwargs) for target in targets])
 
@@ -583,10 +590,6 @@ class ActivationRankingCorrelation(Attribution):
 
 
 ARC = ActivationRankingCorrelation
-
-
-def _token_id(target: Any) -> int:
-    return int(target[-1]) if isinstance(target, tuple) else int(target)
 
 
 def check_positions(positions: Tensor, length: int | None) -> Tensor:

@@ -49,6 +49,7 @@ class Method(str, Enum):
 
     auto = "auto"
     logit_lens = "logit_lens"
+    layer_gradient_x_activation = "layer_gradient_x_activation"
     input_x_gradient = "input_x_gradient"
 
 

@@ -177,6 +177,19 @@ class PixelForward(_AnswerForward):
         length = self.adapter.sequence_length(self.inputs(picture.detach()))
         return torch.arange(length - len(self.answer_ids), length)
 
+    @property
+    def targets(self) -> list[int] | list[tuple[int, int]]:
+        """Captum's target for each of the answer's tokens.
+
+        Raises:
+            ValueError: the output is one number for the whole answer.
+        """
+        if self.output == "answer_log_prob":
+            raise ValueError("output='answer_log_prob' has no target per token; take 'token_log_probs'.")
+        if self.output in OF_TOKENS:
+            return list(range(len(self.answer_ids)))
+        return list(enumerate(self.answer_ids))
+
     def prompt_positions(self, picture: Tensor) -> Tensor:
         """Positions of the prompt's tokens, the chat template's included and the picture's not, int64 (tokens,)."""
         return self._prompt_tokens(self._prompt_inputs(picture.detach()))[0]

@@ -136,7 +136,7 @@ def test_errors() -> None:
         explain(*arguments, scales=(1.0,), layer=0)
     model, processor = tiny("llava")
     by: Any = dict(method="layer_gradient_x_activation", scales=(1.0,))
-    with pytest.raises(ValueError, match="no layer 3; the decoder has 3"):
+    with pytest.raises(ValueError, match=r"\[3\] do not exist; the decoder has 3 layers"):
         explain(model, processor, picture(), PROMPT, ANSWER, layer=3, **by)
     decoder = model.get_decoder()
     decoder.norm.forward = torch.no_grad()(decoder.norm.forward)

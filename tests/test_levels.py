@@ -189,10 +189,11 @@ def test_a_larger_input_size_for_maps_over_the_pixels() -> None:
     model, processor = build("git")
     adapter, whole = ModelAdapter(model, processor), picture(160, 120)
     arguments = ([whole], (1.0, 2.0), adapter.prepare([whole], "describe"))
-    larger = find_sights(adapter, *arguments, interpolate_pos_encoding=True)[0][2.0]
+    by: Any = {"method": "input_x_gradient", "interpolate_pos_encoding": True}
+    larger = find_sights(adapter, *arguments, **by)[0][2.0]
     assert isinstance(larger, Enlarged) and isinstance(larger.sight, PixelMaps)
     assert larger.sight.maps["pixel_values"].shape == (1, 3, 256, 256)
-    both = read_answer(adapter, [whole], "describe", "a dog", (1.0, 2.0), interpolate_pos_encoding=True).levels
+    both = read_answer(adapter, [whole], "describe", "a dog", (1.0, 2.0), **by).levels
     assert [level.scale for level in both] == [1.0, 2.0]
     assert not torch.equal(*(level.draw(0, whole.size, (18, 24)) for level in both))
 
