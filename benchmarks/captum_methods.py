@@ -68,10 +68,11 @@ def attribute(method: Attribution, forward: PixelForward, picture: Tensor, optio
     torch.manual_seed(0)
     if isinstance(method, GradientShap) or isinstance(getattr(method, "attribution_method", None), GradientShap):
         options = options | {"baselines": torch.stack([torch.zeros_like(picture[0]), torch.full_like(picture[0], 0.5)])}
-    maps = [
-        method.attribute(picture, target=target, **options).detach().sum(1) for target in enumerate(forward.answer_ids)
-    ]
-    return torch.cat(maps).clamp_min(0)
+    if options.get("n_targets"):  # All at once.
+        maps: Tensor = method.attribute(picture, target=torch.tensor([forward.answer_ids]))[0]
+        return maps.clamp_min(0)
+    each = [method.attribute(picture, target=target, **options).detach().sum(1) for target in forward.targets]
+    return torch.cat(each).clamp_min(0)
 
 
 def evaluate(adapter: ModelAdapter, scenes: int, objects: tuple[int, int]) -> dict[str, dict[str, list[float]]]:
