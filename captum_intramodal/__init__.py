@@ -9,6 +9,7 @@ from captum_intramodal.explanation import Explanation
 from captum_intramodal.logit_lens import LayerLogitLens, LogitLens
 from captum_intramodal.msea import DEFAULT_SCALES, MSEA, MultiScaleExplanationAggregation
 from captum_intramodal.pixels import PixelForward
+from captum_intramodal.pyramid import LowPass, Pyramid, Reprocess, Resize
 from captum_intramodal.rankings import pairwise_rank_biased_overlap, rank_biased_overlap
 from captum_intramodal.text import Word
 
@@ -21,9 +22,13 @@ __all__ = [
     "Explanation",
     "LayerLogitLens",
     "LogitLens",
+    "LowPass",
     "ModelAdapter",
     "MultiScaleExplanationAggregation",
     "PixelForward",
+    "Pyramid",
+    "Reprocess",
+    "Resize",
     "Word",
     "__version__",
     "check",

@@ -16,6 +16,7 @@ __all__ = [
     "hidden_rows",
     "put_rows",
     "replace_first_tensor",
+    "requires_grad_given_back",
     "run_layers",
 ]
 
@@ -129,6 +130,19 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
     finally:
         for module, flag in training:
             module.training = flag
+
+
+@contextmanager
+def requires_grad_given_back(*tensors: Tensor) -> Iterator[None]:
+    """The tensors' ``requires_grad`` is what it was, however the body ends: an exception in a forward pass keeps Captum
+    from undoing what it asked of its inputs."""
+    flags = [tensor.requires_grad for tensor in tensors]
+    try:
+        yield
+    finally:
+        for tensor, flag in zip(tensors, flags, strict=True):
+            if tensor.requires_grad != flag:
+                tensor.requires_grad_(flag)
 
 
 def run_layers(
