@@ -147,7 +147,7 @@ class Resize:
         if part.ndim != like.ndim or part.ndim < 3 or part.shape[1] != like.shape[1]:
             raise ValueError(
                 f"Attributions of shape {tuple(part.shape)} at one scale and {tuple(like.shape)} at another cannot be "
-                "aligned; only spatial dimensions may differ."
+                "aligned, as other than spatial dimensions differ; pyramid=LowPass() keeps all sizes."
             )
         back = self._resize(part, like.shape[2:])
         return back * (math.prod(part.shape[2:]) / math.prod(like.shape[2:])) if preserve_sum else back
