@@ -114,21 +114,11 @@ class Resize:
 
         def window(value: int | Size, size: Size) -> Size:
             channel, *sides = (value,) * (len(size) + 1) if isinstance(value, int) else value
-            limits = scaled[size]
-            return (
-                channel,
-                *(
-                    min(max(1, round(side * new / old)), new)
-                    for side, new, old in zip(sides, limits, size, strict=True)
-                ),
-            )
+            moved = zip(sides, size, scaled[size], strict=True)
+            return (channel, *(min(max(1, round(side * new / old)), new) for side, old, new in moved))
 
-        arguments = _follow(
-            kwargs,
-            sizes,
-            {"baselines": image, "feature_mask": mask, "sliding_window_shapes": window, "strides": window},
-        )
-        arguments = _follow_forward_args(arguments, sizes, image, self.forward_args)
+        changes = {"baselines": image, "feature_mask": mask, "sliding_window_shapes": window, "strides": window}
+        arguments = _follow_forward_args(_follow(kwargs, sizes, changes), sizes, image, self.forward_args)
         return tuple(image(t, size) if size else t for t, size in zip(inputs, sizes, strict=True)), arguments
 
     def back(
@@ -311,11 +301,16 @@ class Reprocess:
         Raises:
             ValueError: attributions that are not of the pixel tensors.
         """
-        if all(part.shape == other.shape for part, other in zip(attributions, like, strict=True)) and scale == 1:
+        if scale == 1:
             return attributions
         sources, targets = self._pixels(scale), self._pixels(1.0)
-        if len(attributions) != len(sources):
-            raise ValueError(f"{len(attributions)} attributions for {len(sources)} pixel tensors {self.inputs}.")
+        shapes = [tuple(part.shape) for part in attributions]
+        expected = [tuple(source.shape) for source in sources]
+        if len(shapes) != len(expected) or any(s[-len(e) :] != e for s, e in zip(shapes, expected, strict=True)):
+            raise ValueError(
+                f"Reprocess brings back attributions of pixel tensors {self.inputs}, here of shapes {expected}; got "
+                f"{shapes}. A layer's attributions need a model and pyramid with the same layer at all scales."
+            )
         return tuple(
             _resample(part, source, target, preserve_sum)
             for part, source, target in zip(attributions, sources, targets, strict=True)

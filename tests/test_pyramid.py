@@ -12,6 +12,7 @@ from captum.attr import (
     FeatureAblation,
     GradientShap,
     InputXGradient,
+    LayerActivation,
     LayerFeatureAblation,
     NeuronGradient,
     NoiseTunnel,
@@ -331,6 +332,9 @@ def test_misuse_of_reprocessing_says_what_to_do() -> None:
         MSEA(Occlusion(net), pyramid=pyramid).attribute(pixels, (3, 4, 4))
     with pytest.raises(ValueError, match="1 inputs for the pixel tensors"):
         MSEA(InputXGradient(net), pyramid=Reprocess(prepare, [picture], ("a", "b"))).attribute(pixels)
+    pool = nn.AdaptiveAvgPool2d(2)
+    with pytest.raises(ValueError, match="brings back attributions of pixel tensors"):
+        MSEA(LayerActivation(pool, pool), pyramid=pyramid).attribute(pixels)
     with pytest.raises(TypeError, match="sequences of names"):
         Reprocess(prepare, [picture], "pixel_values")
     with pytest.raises(ValueError, match="interpolate_mode"):
