@@ -31,12 +31,16 @@ from tests.tiny import tiny
 SCALES = (0.5, 1.0, 1.5)
 # Segments per side for perturbations of groups of pixels.
 SEGMENTS = 3
+# PixelForward runs each example on its own, so that a layer must not be given several at a time.
+ONE_BY_ONE: dict[str, Any] = {"internal_batch_size": 1}
 EXPLANATION = """Printed by `python benchmarks/captum_matrix.py`, on small random models. Each cell runs the method
 alone, then inside `MSEA` at scales 0.5, 1 and 1.5. *works*: the result has the method's own shape, is finite and not
 all zero. *LowPass*: so with `pyramid=LowPass()`; the layer has another number of tokens at other scales. A number
 refers to the reasons below the table, with the error that a user gets; *Captum alone*: the method itself does not run.
 Captum's DeepLift, GuidedBackprop and Deconvolution have rules for ReLU-like modules; elsewhere (ViT, most multimodal
-models) they are multiples of the gradient."""
+models) they are multiples of the gradient. `PixelForward` runs each example on its own: layer and neuron methods need
+`internal_batch_size=1` (without it LayerIntegratedGradients is silently wrong), and LayerConductance and LayerDeepLift,
+which give a layer several examples at once, cannot be."""
 
 
 @dataclass
@@ -137,15 +141,15 @@ ROWS: dict[str, Row] = {
     "LayerGradCam": with_spatial(ca.LayerGradCam),
     "LayerActivation": Row(lambda c: ca.LayerActivation(c.forward, c.layer)),
     "LayerGradientXActivation": on_layer(ca.LayerGradientXActivation),
-    "LayerIntegratedGradients": on_layer(ca.LayerIntegratedGradients, n_steps=2),
+    "LayerIntegratedGradients": on_layer(ca.LayerIntegratedGradients, n_steps=2, **ONE_BY_ONE),
     "LayerConductance": on_layer(ca.LayerConductance, n_steps=2),
-    "InternalInfluence": on_layer(ca.InternalInfluence, n_steps=2),
+    "InternalInfluence": on_layer(ca.InternalInfluence, n_steps=2, **ONE_BY_ONE),
     "LayerDeepLift": on_layer(ca.LayerDeepLift),
     "NeuronGradient": on_neuron(ca.NeuronGradient),
-    "NeuronIntegratedGradients": on_neuron(ca.NeuronIntegratedGradients, n_steps=2),
+    "NeuronIntegratedGradients": on_neuron(ca.NeuronIntegratedGradients, n_steps=2, **ONE_BY_ONE),
     "NeuronConductance": Row(
         lambda c: ca.NeuronConductance(c.forward, c.layer),
-        lambda c: {"neuron_selector": c.neuron, "target": c.target, "n_steps": 2},
+        lambda c: {"neuron_selector": c.neuron, "target": c.target, "n_steps": 2, **ONE_BY_ONE},
     ),
     "NoiseTunnel(Saliency)": Row(
         lambda c: ca.NoiseTunnel(ca.Saliency(c.forward)),
@@ -202,7 +206,7 @@ def mllm(model_type: str, heading: str) -> Callable[[], Column]:
         layer = model.get_decoder().layers[0]
         target = (1, forward.answer_ids[1])
         return Column(
-            heading, forward, torch.rand(1, 3, 84, 112), target, layer, (-1, 5), towers[0] if towers else None
+            heading, forward, torch.rand(1, 3, 84, 112), target, layer, (-3, 5), towers[0] if towers else None
         )
 
     return make
