@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from captum_intramodal.logit_lens import LayerLogitLens, LogitLens
     from captum_intramodal.msea import DEFAULT_SCALES, MSEA, MultiScaleExplanationAggregation
     from captum_intramodal.pixels import PixelForward, ProcessedPixelForward
+    from captum_intramodal.pyramid import LowPass, Pyramid, Reprocess, Resize
     from captum_intramodal.rankings import pairwise_rank_biased_overlap, rank_biased_overlap
     from captum_intramodal.text import Word
     from captum_intramodal.visual_tokens import VisualTokenAttribution, draw_positions
@@ -37,12 +38,16 @@ __all__ = [
     "ImageTextInput",
     "LayerLogitLens",
     "LogitLens",
+    "LowPass",
     "ModelAdapter",
     "MultiScaleExplanationAggregation",
     "MultimodalLLMAttribution",
     "MultimodalLLMAttributionResult",
     "PixelForward",
     "ProcessedPixelForward",
+    "Pyramid",
+    "Reprocess",
+    "Resize",
     "VisualTokenAttribution",
     "Word",
     "__version__",
@@ -56,7 +61,7 @@ __all__ = [
 
 _MODULES = (
     "adapter", "arc", "check", "explain", "explanation", "hidden_states", "llm_attribution", "logit_lens", "msea",
-    "pixels", "rankings", "text", "visual_tokens",
+    "pixels", "pyramid", "rankings", "text", "visual_tokens",
 )  # fmt: skip
 
 

@@ -21,6 +21,7 @@ __all__ = [
     "put_rows",
     "replace_first_tensor",
     "replaced_embeddings",
+    "requires_grad_given_back",
     "run_layers",
 ]
 
@@ -197,6 +198,19 @@ def replaced_embeddings(embeddings: nn.Module, ids: Tensor, positions: Tensor, r
             f"The model never looked up the {len(ids)} tokens of the prompt in its {type(embeddings).__name__}, so "
             "their embeddings cannot be replaced."
         )
+
+
+@contextmanager
+def requires_grad_given_back(*tensors: Tensor) -> Iterator[None]:
+    """The tensors' ``requires_grad`` is what it was, however the body ends: an exception in a forward pass keeps Captum
+    from undoing what it asked of its inputs."""
+    flags = [tensor.requires_grad for tensor in tensors]
+    try:
+        yield
+    finally:
+        for tensor, flag in zip(tensors, flags, strict=True):
+            if tensor.requires_grad != flag:
+                tensor.requires_grad_(flag)
 
 
 def run_layers(

@@ -8,11 +8,13 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal, get_args
 
 import torch
-import torch.nn.functional as F
 from captum.attr import Attribution, GradientAttribution
 from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from captum_intramodal._captum import format_output, format_tensor_into_tuples, is_tuple, log_usage
+from captum_intramodal.hooks import requires_grad_given_back
+from captum_intramodal.pyramid import Pyramid, Resize, layer_arguments
 
 __all__ = ["DEFAULT_SCALES", "MSEA", "MultiScaleExplanationAggregation", "aggregate"]
 
@@ -63,17 +65,18 @@ def aggregate(maps: Sequence[Tensor], weights: Tensor, aggregation: Aggregation 
                     Default: ``'mean'``
 
     Returns:
-        *Tensor* of the shape of one map, float32.
+        *Tensor* of the shape of one map, contiguous; float32, of float64 maps float64.
     """
     if aggregation not in AGGREGATIONS:
         raise ValueError(f"aggregation must be one of {AGGREGATIONS}, got {aggregation!r}.")
+    dtype = torch.promote_types(maps[0].dtype, torch.float32)
     if aggregation == "mean":
-        total = torch.zeros_like(maps[0], dtype=torch.float32)
+        total = torch.zeros(maps[0].shape, dtype=dtype, device=maps[0].device)
         for weight, values in zip(weights.tolist(), maps, strict=True):
             total.add_(values, alpha=weight)
         return total
-    stack = torch.stack([values.float() for values in maps])
-    column = weights.to(stack.device).reshape(-1, *[1] * (stack.ndim - 1))
+    stack = torch.stack([values.to(dtype) for values in maps]).contiguous()
+    column = weights.to(stack).reshape(-1, *[1] * (stack.ndim - 1))
     if aggregation == "max":
         return (stack * column).amax(0) * len(maps)
     return (stack.clamp_min(1e-12).log() * column).sum(0).exp() * (stack > 0).all(0)
@@ -89,15 +92,21 @@ class MultiScaleExplanationAggregation(Attribution):
         \mathrm{MSEA}(x) = \sum_s w_s \; U_s(\mathrm{attribute}(D_s(x)))
 
     with :math:`D_s` the input resized by the factor :math:`s` and :math:`U_s` the way back. With ``scales=(1.0,)`` the
-    result is the inner method's, exactly.
+    mean is what the inner method returns, exactly.
+
+    How the input goes to a scale, what follows it there (baselines, masks, windows, forward arguments), and how
+    attributions come back is up to the ``pyramid``: :class:`~captum_intramodal.pyramid.Resize` for models of any input
+    size, :class:`~captum_intramodal.pyramid.LowPass` for a fixed one, :class:`~captum_intramodal.pyramid.Reprocess` for
+    a processor's own tensors, or one that you write (:class:`~captum_intramodal.pyramid.Pyramid`).
 
     Methods that multiply by the inputs (IntegratedGradients, InputXGradient) distribute a mass over the pixels; on the
     way back each value is multiplied by the ratio of pixel counts, so that this mass stays the same. Gradient-like
-    methods keep their values.
+    methods keep their values, and so do perturbations of groups of pixels (``feature_mask``, Occlusion's windows), in
+    which each pixel has the value of its group, however many there are.
 
-    What depends on the scale follows it: ``baselines`` that are tensors of the input's spatial size are resized with
-    the input, ``feature_mask`` by nearest neighbour, ``sliding_window_shapes`` and ``strides`` are multiplied and
-    rounded.
+    Of a layer's attributions, spatial ones are aligned; others, (N, D), are aggregated as they are. ``layer_mask``,
+    ``layer_baselines`` and the place in ``neuron_selector`` follow the layer's size, which is measured. A ``target``
+    stays as it is: a model with spatial outputs needs a forward function that returns one value per class.
 
     Args:
 
@@ -109,11 +118,10 @@ class MultiScaleExplanationAggregation(Attribution):
                     Default: None, equal weights.
         aggregation (str, optional): ``'mean'``, ``'max'`` or ``'geometric_mean'``, see :func:`aggregate`.
                     Default: ``'mean'``
-        interpolate_mode (str, optional): ``'linear'`` (bilinear or trilinear as the input has 2 or 3 spatial
-                    dimensions) or ``'nearest'``, for the way down and back; shrinking is antialiased where torch can.
-                    Default: ``'linear'``
+        pyramid (Pyramid, optional): The way to a scale and back.
+                    Default: None, ``Resize()``.
         preserve_sum (bool, optional): Whether attributions keep their total mass on the way back.
-                    Default: None, what ``multiplies_by_inputs`` of the inner method says.
+                    Default: None, what ``multiplies_by_inputs`` of the inner method says, but no for groups of pixels.
 
     Examples::
 
@@ -128,7 +136,7 @@ class MultiScaleExplanationAggregation(Attribution):
         scales: Sequence[float] = DEFAULT_SCALES,
         weights: Sequence[float] | None = None,
         aggregation: Aggregation = "mean",
-        interpolate_mode: Literal["linear", "nearest"] = "linear",
+        pyramid: Pyramid | None = None,
         preserve_sum: bool | None = None,
     ) -> None:
         if not isinstance(attribution_method, Attribution):
@@ -138,13 +146,11 @@ class MultiScaleExplanationAggregation(Attribution):
             )
         if aggregation not in AGGREGATIONS:
             raise ValueError(f"aggregation must be one of {AGGREGATIONS}, got {aggregation!r}.")
-        if interpolate_mode not in ("linear", "nearest"):
-            raise ValueError(f"interpolate_mode must be 'linear' or 'nearest', got {interpolate_mode!r}.")
         self.attribution_method = attribution_method
         self.scales = check_scales(scales)
         self.weights = normalized_weights(self.scales, weights)
         self.aggregation = aggregation
-        self.interpolate_mode = interpolate_mode
+        self.pyramid = Resize() if pyramid is None else pyramid
         self.preserve_sum = preserve_sum
 
     # What Captum asks of a method follows the inner one, also when that is changed later.
@@ -174,84 +180,66 @@ class MultiScaleExplanationAggregation(Attribution):
         r"""
         Args:
 
-            inputs (Tensor or tuple[Tensor, ...]): Inputs of the inner method. Those with at least one spatial
-                        dimension, (N, C, ...), are resized; a tuple may mix them with others, which stay as they are.
+            inputs (Tensor or tuple[Tensor, ...]): Inputs of the inner method, which are left as they are, also by
+                        an exception. Those with one to three spatial dimensions, (N, C, ...), go to each scale; a tuple
+                        may mix them with others, which stay as they are.
             *args, **kwargs (Any, optional): Arguments of the inner method's ``attribute``.
 
         Returns:
             *Tensor* or *tuple[Tensor, ...]* of **attributions**:
             - **attributions** (*Tensor* or *tuple[Tensor, ...]*):
-                Same shapes as the inner method returns for ``inputs``, and its dtype. For a layer method that returns
-                other spatial sizes at other scales, those of the scale closest to 1.
+                Same shapes as the inner method returns for ``inputs``, its dtype, and its tuples and lists. For a layer
+                method that returns other spatial sizes at other scales, those of the scale closest to 1.
 
         Raises:
-            ValueError: ``return_convergence_delta=True`` with other scales than ``(1.0,)``; no input with spatial
-                dimensions; the inner method returns something that is not a map.
+            ValueError: ``return_convergence_delta=True`` with other scales than ``(1.0,)``; an input that the pyramid
+                has no other scales of; the inner method returns something else than tensors.
         """
-        if self.scales == (1.0,):
-            return self.attribution_method.attribute(inputs, *args, **kwargs)
-        kwargs = _by_name(self.attribution_method.attribute, inputs, args, kwargs)
-        if kwargs.get("return_convergence_delta"):
+        with requires_grad_given_back(*format_tensor_into_tuples(inputs)):
+            return self._attribute(inputs, _by_name(self.attribution_method.attribute, inputs, args, kwargs))
+
+    def _attribute(self, inputs: Tensor | tuple[Tensor, ...], kwargs: dict[str, Any]) -> Any:
+        if kwargs.get("return_convergence_delta") and self.scales != (1.0,):
             raise ValueError(
                 "return_convergence_delta: completeness does not survive rescaling, so MSEA has no delta; ask the "
                 "inner method itself, or use scales=(1.0,)."
             )
         tensors = format_tensor_into_tuples(inputs)
-        if not any(_is_spatial(tensor) for tensor in tensors):
-            raise ValueError(
-                f"MSEA resizes inputs with spatial dimensions (N, C, ...), got shapes "
-                f"{[tuple(tensor.shape) for tensor in tensors]}; use scales=(1.0,) for inputs that have none."
-            )
-        # The scale closest to 1 comes first: its attributions set the size that the others are brought back to.
+        preserve_sum = self._preserves_sum(kwargs)
+        # The scale closest to 1 comes first: its attributions set the size that other scales' are brought back to.
         order = sorted(range(len(self.scales)), key=lambda i: abs(math.log(self.scales[i])))
-        per_scale: list[list[Tensor]] = []
-        single = True
+        levels: list[tuple[Tensor, ...]] = []
         for index in order:
             scale = self.scales[index]
-            scaled = tuple(self._resize(t, _scaled_size(t, scale)) if _is_spatial(t) else t for t in tensors)
-            result = self.attribution_method.attribute(
-                format_output(is_tuple(inputs), scaled), **_scaled_kwargs(kwargs, tensors, scale, self._resize)
-            )
-            single = isinstance(result, Tensor)
-            parts = [result] if single else list(result)
-            if not all(isinstance(part, Tensor) for part in parts):
+            scaled, arguments = self.pyramid.down(tensors, kwargs, scale)
+            at_scale = format_output(is_tuple(inputs), scaled)
+            arguments = layer_arguments(self.attribution_method, (inputs, kwargs), (at_scale, arguments))
+            leaves, structure = tree_flatten(self.attribution_method.attribute(at_scale, **arguments))
+            if not all(isinstance(leaf, Tensor) for leaf in leaves):
                 raise ValueError(
-                    f"The inner method returned {[type(p).__name__ for p in parts]}; MSEA aggregates tensors."
+                    f"The inner method returned {[type(leaf).__name__ for leaf in leaves]}; MSEA aggregates tensors."
                 )
-            targets = per_scale[0] if per_scale else parts
-            per_scale.append([self._back(part, like) for part, like in zip(parts, targets, strict=True)])
+            parts = tuple(leaf.detach() for leaf in leaves)
+            like = levels[0] if levels else parts
+            if len(parts) == len(tensors):
+                like = tuple(
+                    tensor if part.shape[1:] == small.shape[1:] else other
+                    for part, other, small, tensor in zip(parts, like, scaled, tensors, strict=True)
+                )
+            levels.append(self.pyramid.back(parts, like, scale, preserve_sum))
         weights = self.weights[order]
-        combined = tuple(
-            aggregate([maps[i].detach() for maps in per_scale], weights, self.aggregation).to(per_scale[0][i].dtype)
-            for i in range(len(per_scale[0]))
-        )
-        return combined[0] if single else combined
+        combined = [aggregate(maps, weights, self.aggregation).to(maps[0].dtype) for maps in zip(*levels, strict=True)]
+        return tree_unflatten(combined, structure)
+
+    def _preserves_sum(self, kwargs: dict[str, Any]) -> bool:
+        if self.preserve_sum is not None:
+            return self.preserve_sum
+        grouped = any(kwargs.get(name) is not None for name in ("feature_mask", "layer_mask", "sliding_window_shapes"))
+        return self.multiplies_by_inputs and not grouped
 
     def attribute_future(self) -> None:
         """This method is not implemented for MultiScaleExplanationAggregation."""
         raise NotImplementedError("attribute_future is not implemented for MultiScaleExplanationAggregation")
-
-    def _resize(self, tensor: Tensor, size: Sequence[int]) -> Tensor:
-        if tuple(tensor.shape[2:]) == tuple(size):
-            return tensor
-        if self.interpolate_mode == "nearest" or not tensor.is_floating_point():
-            values = tensor if tensor.is_floating_point() else tensor.double()
-            return F.interpolate(values, size=tuple(size), mode="nearest-exact").to(tensor.dtype)
-        mode = {1: "linear", 2: "bilinear", 3: "trilinear"}[len(size)]
-        antialias = mode == "bilinear" and any(new < old for new, old in zip(size, tensor.shape[2:], strict=True))
-        return F.interpolate(tensor, size=tuple(size), mode=mode, align_corners=False, antialias=antialias)
-
-    def _back(self, part: Tensor, like: Tensor) -> Tensor:
-        if part.shape == like.shape:
-            return part
-        if part.shape[:2] != like.shape[:2] or part.ndim != like.ndim or part.ndim < 3:
-            raise ValueError(
-                f"Attributions of shape {tuple(part.shape)} at one scale and {tuple(like.shape)} at another cannot be "
-                "aligned; only spatial dimensions may differ."
-            )
-        back = self._resize(part, like.shape[2:])
-        preserve = self.multiplies_by_inputs if self.preserve_sum is None else self.preserve_sum
-        return back * (math.prod(part.shape[2:]) / math.prod(like.shape[2:])) if preserve else back
 
 
 MSEA = MultiScaleExplanationAggregation
@@ -275,60 +263,3 @@ def _by_name(
         else:
             named[name] = value
     return named
-
-
-def _is_spatial(tensor: Any) -> bool:
-    return isinstance(tensor, Tensor) and 3 <= tensor.ndim <= 5
-
-
-def _scaled_size(tensor: Tensor, scale: float) -> tuple[int, ...]:
-    return tuple(max(1, round(side * scale)) for side in tensor.shape[2:])
-
-
-def _scaled_kwargs(
-    kwargs: dict[str, Any],
-    inputs: tuple[Tensor, ...],
-    scale: float,
-    resize: Callable[[Tensor, Sequence[int]], Tensor],
-) -> dict[str, Any]:
-    """The arguments of the inner method that depend on the input's size, at another scale."""
-
-    def per_input(value: Any, change: Callable[[Any, Tensor], Any]) -> Any:
-        if len(inputs) > 1:
-            several = isinstance(value, tuple) and len(value) == len(inputs)
-            return tuple(change(v, tensor) for v, tensor in zip(value, inputs, strict=True)) if several else value
-        if isinstance(value, tuple) and len(value) == 1 and not isinstance(value[0], int):
-            return (change(value[0], inputs[0]),)
-        return change(value, inputs[0])
-
-    def baseline(value: Any, tensor: Tensor) -> Any:
-        same_size = isinstance(value, Tensor) and _is_spatial(tensor) and value.shape[2:] == tensor.shape[2:]
-        return resize(value, _scaled_size(tensor, scale)) if same_size else value
-
-    def mask(value: Any, tensor: Tensor) -> Any:
-        if not (
-            isinstance(value, Tensor) and _is_spatial(tensor) and value.shape[-(tensor.ndim - 2) :] == tensor.shape[2:]
-        ):
-            return value
-        size = _scaled_size(tensor, scale)
-        lead = value.reshape(1, -1, *tensor.shape[2:]).double()
-        return (
-            F.interpolate(lead, size=size, mode="nearest-exact")
-            .to(value.dtype)
-            .reshape(*value.shape[: -len(size)], *size)
-        )
-
-    def window(value: Any, tensor: Tensor) -> Any:
-        if not _is_spatial(tensor):
-            return value
-        if isinstance(value, int):
-            return max(1, round(value * scale))
-        channels, *sides = value
-        limits = _scaled_size(tensor, scale)
-        return (channels, *(min(max(1, round(side * scale)), limit) for side, limit in zip(sides, limits, strict=True)))
-
-    changes = {"baselines": baseline, "feature_mask": mask, "sliding_window_shapes": window, "strides": window}
-    return {
-        name: per_input(value, changes[name]) if name in changes and value is not None else value
-        for name, value in kwargs.items()
-    }

@@ -2,24 +2,32 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from captum.attr import (
+    LRP,
     DeepLift,
     FeatureAblation,
-    GradientShap,
+    GuidedBackprop,
+    GuidedGradCam,
     InputXGradient,
     IntegratedGradients,
+    LayerActivation,
+    LayerConductance,
     LayerGradCam,
+    LayerIntegratedGradients,
+    NeuronGradient,
     NoiseTunnel,
     Occlusion,
     Saliency,
+    visualization,
 )
-from captum.metrics import sensitivity_max
+from captum.metrics import infidelity, sensitivity_max
 from torch import Tensor, nn
 
-from captum_intramodal import MSEA, MultiScaleExplanationAggregation
+from captum_intramodal import MSEA, LowPass, MultiScaleExplanationAggregation, Resize
 
 
 class ConvNet(nn.Module):
@@ -90,39 +98,12 @@ def test_equals_the_formula_by_hand(net: ConvNet, image: Tensor) -> None:
 
 def test_mass_is_kept_for_methods_that_multiply_by_inputs_only(net: ConvNet) -> None:
     image = torch.rand(1, 3, 8, 8)
-    nearest = MSEA(InputXGradient(net), scales=(0.5,), interpolate_mode="nearest")
+    nearest = MSEA(InputXGradient(net), scales=(0.5,), pyramid=Resize("nearest"))
     small = F.interpolate(image, size=(4, 4), mode="nearest-exact")
     mass = InputXGradient(net).attribute(small.clone(), target=0).sum()
     assert torch.allclose(nearest.attribute(image, target=0).sum(), mass, atol=1e-6)
-    saliency = MSEA(Saliency(net), scales=(0.5,), interpolate_mode="nearest").attribute(image, target=0)
+    saliency = MSEA(Saliency(net), scales=(0.5,), pyramid=Resize("nearest")).attribute(image, target=0)
     assert torch.allclose(saliency.mean(), Saliency(net).attribute(small, target=0).mean(), atol=1e-7)
-
-
-def test_arguments_that_depend_on_scale(net: ConvNet, image: Tensor) -> None:
-    seen: list[dict[str, Any]] = []
-
-    class Spy(FeatureAblation):
-        def attribute(self, inputs: Tensor, **kwargs: Any) -> Tensor:  # type: ignore[override]
-            seen.append({"inputs": inputs, **kwargs})
-            return torch.zeros_like(inputs)
-
-    mask = torch.arange(4).reshape(1, 1, 2, 2).repeat_interleave(8, 2).repeat_interleave(6, 3)
-    MSEA(Spy(net), scales=(1.0, 0.5)).attribute(
-        image,
-        target=1,
-        baselines=torch.ones_like(image),
-        feature_mask=mask,
-        sliding_window_shapes=(3, 5, 1),
-        strides=4,
-    )
-    half = seen[1]
-    assert half["inputs"].shape == half["baselines"].shape == (2, 3, 8, 6)
-    assert torch.equal(half["baselines"], torch.ones(2, 3, 8, 6))
-    assert half["feature_mask"].dtype == mask.dtype
-    assert torch.equal(half["feature_mask"], mask[..., ::2, ::2])
-    assert half["sliding_window_shapes"] == (3, 2, 1)
-    assert half["strides"] == 2
-    assert half["target"] == 1
 
 
 def test_positional_arguments_follow_the_scale_too(net: ConvNet, image: Tensor) -> None:
@@ -142,15 +123,6 @@ def test_tuples_in_tuples_out(net: ConvNet, image: Tensor) -> None:
 def test_layer_methods_are_aligned(net: ConvNet, image: Tensor) -> None:
     result = MSEA(LayerGradCam(net, net.conv), scales=(0.5, 1.0, 2.0)).attribute(image, target=1)
     assert result.shape == (2, 1, 16, 12)
-
-
-def test_composes_with_captum(net: ConvNet, image: Tensor) -> None:
-    outside = NoiseTunnel(MSEA(Saliency(net), scales=(0.5, 1.0))).attribute(image, target=1, nt_samples=2, stdevs=0.1)
-    inside = MSEA(NoiseTunnel(Saliency(net)), scales=(0.5, 1.0)).attribute(image, target=1, nt_samples=2, stdevs=0.1)
-    nested = MSEA(MSEA(Saliency(net), scales=(0.5, 1.0)), scales=(1.0, 2.0)).attribute(image, target=1)
-    shap = MSEA(GradientShap(net), scales=(0.5, 1.0)).attribute(image, target=1, baselines=torch.zeros(3, 3, 16, 12))
-    assert outside.shape == inside.shape == nested.shape == shap.shape == image.shape
-    assert sensitivity_max(MSEA(Saliency(net), scales=(0.5, 1.0)).attribute, image, target=1).shape == (2,)
 
 
 def test_follows_the_inner_method(net: ConvNet) -> None:
@@ -196,7 +168,6 @@ def test_inner_errors_leave_no_hooks(net: ConvNet, image: Tensor) -> None:
         ({"scales": (1.0, 2.0), "weights": (1.0,)}, "1 weights for 2 scales"),
         ({"scales": (1.0,), "weights": (0.0,)}, "not all zero"),
         ({"aggregation": "median"}, "aggregation"),
-        ({"interpolate_mode": "cubic"}, "interpolate_mode"),
     ],
 )
 def test_bad_options(net: ConvNet, options: dict[str, Any], message: str) -> None:
@@ -213,3 +184,210 @@ def test_bad_calls(net: ConvNet, image: Tensor) -> None:
         MSEA(Saliency(nn.Linear(4, 2))).attribute(torch.rand(2, 4), target=0)
     with pytest.raises(NotImplementedError):
         MSEA(Saliency(net)).attribute_future()
+
+
+# ------------------------------------------------------------------------------------------------ Captum's contract
+
+
+def by_hand(method: Any, image: Tensor, scale: float = 0.5, **kwargs: Any) -> Tensor:
+    """MSEA of a gradient-like method at two scales, as a loop."""
+    mode = {3: "linear", 4: "bilinear", 5: "trilinear"}[image.ndim]
+    sides = [round(side * scale) for side in image.shape[2:]]
+    small = F.interpolate(image, size=sides, mode=mode, antialias=image.ndim == 4)
+    at_small = method.attribute(small.detach(), **kwargs).detach()
+    back = F.interpolate(at_small, size=image.shape[2:], mode=mode)
+    return (back + method.attribute(image.clone(), **kwargs).detach()) / 2
+
+
+@pytest.mark.parametrize("n", [1, 2, 3])
+def test_inputs_of_one_to_three_spatial_dimensions(n: int) -> None:
+    conv, pool = ((nn.Conv1d, nn.Conv2d, nn.Conv3d), (nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d))
+    net = nn.Sequential(conv[n - 1](3, 4, 3, padding=1), nn.ReLU(), pool[n - 1](1), nn.Flatten())
+    volume = torch.rand(2, 3, *(8, 6, 10)[:n])
+    actual = MSEA(Saliency(net), scales=(0.5, 1.0)).attribute(volume, target=1)
+    assert torch.allclose(actual, by_hand(Saliency(net), volume, target=1), atol=1e-7)
+
+
+@pytest.mark.parametrize("target", [1, torch.tensor(1), torch.tensor([1, 0]), [1, 0]], ids=str)
+def test_every_form_of_target(net: ConvNet, image: Tensor, target: Any) -> None:
+    actual = MSEA(Saliency(net), scales=(0.5, 1.0)).attribute(image, target=target)
+    assert torch.allclose(actual, by_hand(Saliency(net), image, target=target), atol=1e-7)
+
+
+@pytest.mark.parametrize("target", [(1, 2), [(1, 2), (0, 3)]], ids=str)
+def test_targets_of_several_dimensions(net: ConvNet, image: Tensor, target: Any) -> None:
+    inner = Saliency(lambda x: torch.stack([net(x), net(x * x)], 1))
+    actual = MSEA(inner, scales=(0.5, 1.0)).attribute(image, target=target)
+    assert torch.allclose(actual, by_hand(inner, image, target=target), atol=1e-7)
+
+
+def test_each_example_is_explained_on_its_own(net: ConvNet, image: Tensor) -> None:
+    msea = MSEA(IntegratedGradients(net), scales=(0.5, 1.0))
+    together = msea.attribute(image, target=1, n_steps=3)
+    alone = [msea.attribute(row[None], target=1, n_steps=3) for row in image]
+    assert torch.allclose(together, torch.cat(alone), atol=1e-7)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_the_inner_dtype_is_kept(net: ConvNet, image: Tensor, dtype: torch.dtype) -> None:
+    expected = MSEA(Saliency(net), scales=(0.5, 1.0)).attribute(image, target=1)
+    actual = MSEA(Saliency(net.to(dtype)), scales=(0.5, 1.0)).attribute(image.to(dtype), target=1)
+    assert actual.dtype == dtype
+    assert torch.allclose(actual.float(), expected, atol=1e-6 if dtype == torch.float64 else 2e-3)
+    if dtype == torch.float64:
+        exact = by_hand(Saliency(net), image.double(), target=1)
+        assert torch.allclose(actual, exact, rtol=0, atol=1e-15)
+
+
+def test_channels_last_in_contiguous_out(net: ConvNet, image: Tensor) -> None:
+    last = image.contiguous(memory_format=torch.channels_last)
+    for aggregation in ("mean", "max"):
+        msea = MSEA(Saliency(net), scales=(0.5, 1.0), aggregation=aggregation)  # type: ignore[arg-type]
+        actual = msea.attribute(last, target=1)
+        assert actual.is_contiguous() and torch.allclose(actual, msea.attribute(image, target=1), atol=1e-7)
+
+
+def test_without_scale_one_the_result_still_has_the_size_of_the_input(net: ConvNet, image: Tensor) -> None:
+    small = F.interpolate(image, size=(8, 6), mode="bilinear", antialias=True)
+    expected = F.interpolate(Saliency(net).attribute(small, target=1), size=(16, 12), mode="bilinear")
+    actual = MSEA(Saliency(net), scales=(0.5,)).attribute(image, target=1)
+    assert torch.allclose(actual, expected, atol=1e-7)
+
+
+def test_lists_and_nested_results_keep_their_form(image: Tensor) -> None:
+    net = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 2, 3, stride=2), nn.AdaptiveAvgPool2d(1))
+    layers = [net[0], net[2]]
+    result = MSEA(LayerActivation(net, layers), scales=(0.5, 1.0), preserve_sum=False).attribute(image)
+    alone = [MSEA(LayerActivation(net, layer), scales=(0.5, 1.0), preserve_sum=False) for layer in layers]
+    assert isinstance(result, list)
+    assert all(torch.equal(a, m.attribute(image)) for a, m in zip(result, alone, strict=True))
+
+
+def test_layers_without_spatial_dimensions_are_aggregated_as_they_are(net: ConvNet, image: Tensor) -> None:
+    small = F.interpolate(image, size=(8, 6), mode="bilinear", antialias=True)
+    expected = (net(small) + net(image)) / 2
+    actual = MSEA(LayerActivation(net, net.head), scales=(0.5, 1.0)).attribute(image)
+    assert torch.allclose(actual, expected, atol=1e-6)
+    tokens = nn.Sequential(nn.Flatten(1), nn.AdaptiveAvgPool1d(4))
+    with pytest.raises(ValueError, match="cannot be aligned"):
+        MSEA(LayerActivation(tokens, tokens[0]), scales=(0.5, 1.0)).attribute(image)
+
+
+FAILURES = [RuntimeError, KeyboardInterrupt]
+BORROWERS: list[tuple[Any, dict[str, Any]]] = [
+    (lambda net: Saliency(net), {}),
+    (lambda net: IntegratedGradients(net), {"n_steps": 2}),
+    (lambda net: DeepLift(net), {}),
+    (lambda net: GuidedBackprop(net), {}),
+    (lambda net: LRP(net), {}),
+    (lambda net: LayerGradCam(net, net.conv), {}),
+    (lambda net: LayerIntegratedGradients(net, net.conv), {"n_steps": 2}),
+    (lambda net: LayerConductance(net, net.conv), {"n_steps": 2}),
+    (lambda net: NeuronGradient(net, net.conv), {"neuron_selector": (0, 1, 1)}),
+    (lambda net: GuidedGradCam(net, net.conv), {}),
+    (lambda net: NoiseTunnel(Saliency(net)), {"stdevs": 0.0, "nt_samples": 2}),
+]
+
+
+class Fails(nn.Module):
+    """Of layers that LRP has rules for; fails at the end of its forward pass."""
+
+    def __init__(self, failure: Any) -> None:
+        super().__init__()
+        self.conv, self.relu, self.pool = nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(1)
+        self.failure = failure
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.pool(self.relu(self.conv(x))).flatten(1)
+        if self.failure is not None:
+            raise self.failure("stop")
+        return x
+
+
+def hooks_of(net: nn.Module) -> list[int]:
+    return [
+        len(hooks)
+        for m in net.modules()
+        for hooks in (m._forward_hooks, m._forward_pre_hooks, m._backward_hooks, m._backward_pre_hooks)
+    ]
+
+
+@pytest.mark.parametrize("failure", [None, *FAILURES])
+@pytest.mark.parametrize("requires_grad", [False, True])
+@pytest.mark.parametrize(("make", "kwargs"), BORROWERS, ids=lambda v: v.__code__.co_names[0] if callable(v) else "")
+def test_what_was_borrowed_comes_back(make: Any, kwargs: dict[str, Any], requires_grad: bool, failure: Any) -> None:
+    net = Fails(failure).train()
+    net.relu.eval()
+    image = torch.rand(2, 3, 8, 8, requires_grad=requires_grad)
+    image.grad = torch.full_like(image, 7.0)
+    if "neuron_selector" not in kwargs:
+        kwargs = {**kwargs, "target": 1}
+    for scales in ((1.0,), (0.5, 1.0, 1.5)):
+        before = (hooks_of(net), [m.training for m in net.modules()])
+        msea = MSEA(make(net), scales=scales)
+        if failure is None:
+            msea.attribute(image, **kwargs)
+        else:
+            with pytest.raises(failure, match="stop"):
+                msea.attribute(image, **kwargs)
+        assert (hooks_of(net), [m.training for m in net.modules()]) == before
+        assert image.requires_grad == requires_grad and bool((image.grad == 7).all())
+        assert all(p.requires_grad and p.grad is None for p in net.parameters())
+
+
+# ---------------------------------------------------------------------------------------------------- Captum's tools
+
+
+def test_noise_tunnel_without_noise_changes_nothing(net: ConvNet, image: Tensor) -> None:
+    expected = by_hand(Saliency(net), image, target=1)
+    quiet: dict[str, Any] = {"target": 1, "nt_samples": 3, "stdevs": 0.0}
+    outside = NoiseTunnel(MSEA(Saliency(net), scales=(0.5, 1.0))).attribute(image, **quiet)
+    inside = MSEA(NoiseTunnel(Saliency(net)), scales=(0.5, 1.0)).attribute(image, **quiet)
+    assert torch.allclose(outside, expected, atol=1e-6) and torch.allclose(inside, expected, atol=1e-6)
+
+
+def test_msea_in_msea_multiplies_scales(image: Tensor) -> None:
+    net = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    nested = MSEA(MSEA(Saliency(net), scales=(0.5,)), scales=(0.5, 1.0)).attribute(image, target=1)
+    quarter = MSEA(Saliency(net), scales=(0.5,)).attribute(
+        F.interpolate(image, size=(8, 6), mode="bilinear", antialias=True), target=1
+    )
+    half = MSEA(Saliency(net), scales=(0.5,)).attribute(image, target=1)
+    assert torch.allclose(nested, (F.interpolate(quarter, size=(16, 12), mode="bilinear") + half) / 2, atol=1e-7)
+
+
+def test_infidelity_of_a_linear_model_is_zero() -> None:
+    linear = nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, 2)).double()
+    image = torch.rand(2, 3, 8, 8, dtype=torch.float64)
+    # With LowPass at scale 1 twice the attribution is exact; a low-passed one is not.
+    exact = MSEA(InputXGradient(linear), scales=(1.0, 2.0), pyramid=LowPass())
+    lossy = MSEA(InputXGradient(linear), scales=(0.25, 1.0), pyramid=LowPass())
+
+    def perturb(inputs: Tensor, baselines: Any = None) -> tuple[Tensor, Tensor]:
+        kept = (torch.rand_like(inputs) > 0.3).to(inputs)
+        return 1 - kept, inputs * kept
+
+    def measured(msea: MSEA) -> Tensor:
+        torch.manual_seed(0)
+        attributions = msea.attribute(image, target=1)
+        return infidelity(linear, perturb, image, attributions, target=1, n_perturb_samples=20)
+
+    assert measured(exact).max() < 1e-20 < 1e-8 < measured(lossy).min()
+
+
+def test_sensitivity_is_the_largest_relative_change(net: ConvNet, image: Tensor) -> None:
+    msea = MSEA(Saliency(net), scales=(0.5, 1.0))
+    noise = torch.linspace(-0.2, 0.2, image[0].numel()).reshape(image.shape[1:])
+    actual = sensitivity_max(msea.attribute, image, lambda x: (x + noise,), n_perturb_samples=1, target=1)
+    before, after = (msea.attribute(x, target=1).flatten(1) for x in (image, image + noise))
+    assert torch.allclose(actual, (after - before).norm(dim=1) / before.norm(dim=1), atol=1e-6)
+
+
+def test_visualize_image_attr_shows_it(net: ConvNet, image: Tensor) -> None:
+    heat = MSEA(Saliency(net), scales=(0.5, 1.0)).attribute(image, target=1)[0].permute(1, 2, 0)
+    figure, axes = visualization.visualize_image_attr(heat.numpy(), sign="positive", use_pyplot=False)
+    shown = axes.images[-1].get_array()
+    summed = heat.sum(2)
+    top = summed.flatten().sort().values
+    scale = top[(top.cumsum(0) >= top.sum() * 0.98).nonzero()[0, 0]]  # Captum leaves out 2 % as outliers.
+    assert np.allclose(shown, (summed / scale).clamp(0, 1), atol=1e-5) and figure is not None

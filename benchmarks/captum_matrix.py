@@ -1,0 +1,305 @@
+r"""Which Captum method runs inside MSEA on which kind of model.
+
+    python benchmarks/captum_matrix.py --out benchmarks/results/captum_matrix.md
+
+Each cell runs the method alone, then inside MSEA at scales 0.5, 1 and 1.5, on a small random model: it works where the
+result has the method's own shape and is finite; else the table has the error that a user gets.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+import captum.attr as ca
+import torch
+import typer
+from captum._utils.models.linear_model import SkLearnLinearRegression
+from torch import Tensor, nn
+from transformers import ViTConfig, ViTForImageClassification
+
+from captum_intramodal import MSEA, LowPass, ModelAdapter, PixelForward, Pyramid, Resize
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+from tests.tiny import tiny
+
+SCALES = (0.5, 1.0, 1.5)
+# Segments per side for perturbations of groups of pixels.
+SEGMENTS = 3
+# PixelForward runs each example on its own, so that a layer must not be given several at a time.
+ONE_BY_ONE: dict[str, Any] = {"internal_batch_size": 1}
+EXPLANATION = """Printed by `python benchmarks/captum_matrix.py`, on small random models. Each cell runs the method
+alone, then inside `MSEA` at scales 0.5, 1 and 1.5. *works*: the result has the method's own shape, is finite and not
+all zero. *LowPass*: so with `pyramid=LowPass()`; the layer has another number of tokens at other scales. A number
+refers to the reasons below the table, with the error that a user gets; *Captum alone*: the method itself does not run.
+Captum's DeepLift, GuidedBackprop and Deconvolution have rules for ReLU-like modules; elsewhere (ViT, most multimodal
+models) they are multiples of the gradient. `PixelForward` runs each example on its own: layer and neuron methods need
+`internal_batch_size=1` (without it LayerIntegratedGradients is silently wrong), and LayerConductance and LayerDeepLift,
+which give a layer several examples at once, cannot be."""
+
+
+@dataclass
+class Column:
+    """A kind of model.
+
+    Attributes:
+        name (str): heading.
+        forward (nn.Module): from pictures (N, 3, height, width) to scores.
+        picture (Tensor): float (1, 3, height, width) in [0, 1].
+        target: Captum's target.
+        layer (nn.Module): for Layer* and Neuron* methods.
+        neuron (tuple): a neuron of the layer.
+        spatial (nn.Module, optional): a layer with outputs (N, C, height, width), for GradCAM.
+        pyramid (Pyramid): the way to a scale and back.
+    """
+
+    name: str
+    forward: nn.Module
+    picture: Tensor
+    target: Any
+    layer: nn.Module
+    neuron: tuple[int, ...]
+    spatial: nn.Module | None
+    pyramid: Pyramid = field(default_factory=Resize)
+
+    @property
+    def segments(self) -> Tensor:
+        height, width = self.picture.shape[2:]
+        rows, columns = (torch.arange(n) * SEGMENTS // n for n in (height, width))
+        return (rows[:, None] * SEGMENTS + columns)[None, None]
+
+    @property
+    def window(self) -> tuple[int, ...]:
+        height, width = self.picture.shape[2:]
+        return (3, -(-height // SEGMENTS), -(-width // SEGMENTS))
+
+
+@dataclass(frozen=True)
+class Row:
+    """A Captum method: how it is made for a column, and its arguments."""
+
+    make: Callable[[Column], ca.Attribution]
+    arguments: Callable[[Column], dict[str, Any]] = lambda column: {}
+    needs_spatial: bool = False
+
+
+def on_pixels(method: type, **arguments: Any) -> Row:
+    return Row(lambda c: method(c.forward), lambda c: {"target": c.target, **arguments})
+
+
+def on_groups(method: type, **arguments: Any) -> Row:
+    return Row(lambda c: method(c.forward), lambda c: {"target": c.target, "feature_mask": c.segments, **arguments})
+
+
+def on_layer(method: type, **arguments: Any) -> Row:
+    return Row(lambda c: method(c.forward, c.layer), lambda c: {"target": c.target, **arguments})
+
+
+def on_neuron(method: type, **arguments: Any) -> Row:
+    return Row(lambda c: method(c.forward, c.layer), lambda c: {"neuron_selector": c.neuron, **arguments})
+
+
+def with_distribution(method: type, **arguments: Any) -> Row:
+    return Row(
+        lambda c: method(c.forward),
+        lambda c: {"target": c.target, "baselines": torch.rand(2, *c.picture.shape[1:]), **arguments},
+    )
+
+
+def with_spatial(method: type) -> Row:
+    return Row(lambda c: method(c.forward, c.spatial), lambda c: {"target": c.target}, needs_spatial=True)
+
+
+ROWS: dict[str, Row] = {
+    "IntegratedGradients": on_pixels(ca.IntegratedGradients, n_steps=2),
+    "Saliency": on_pixels(ca.Saliency),
+    "InputXGradient": on_pixels(ca.InputXGradient),
+    "GuidedBackprop": on_pixels(ca.GuidedBackprop),
+    "Deconvolution": on_pixels(ca.Deconvolution),
+    "DeepLift": on_pixels(ca.DeepLift),
+    "DeepLiftShap": with_distribution(ca.DeepLiftShap),
+    "GradientShap": with_distribution(ca.GradientShap, n_samples=2),
+    "Occlusion": Row(
+        lambda c: ca.Occlusion(c.forward),
+        lambda c: {"target": c.target, "sliding_window_shapes": c.window, "strides": c.window},
+    ),
+    "FeatureAblation": on_groups(ca.FeatureAblation),
+    "FeaturePermutation": on_groups(ca.FeaturePermutation),
+    "ShapleyValueSampling": on_groups(ca.ShapleyValueSampling, n_samples=2),
+    "KernelShap": on_groups(ca.KernelShap, n_samples=12),
+    "Lime": Row(
+        lambda c: ca.Lime(c.forward, interpretable_model=SkLearnLinearRegression()),
+        lambda c: {"target": c.target, "feature_mask": c.segments, "n_samples": 12},
+    ),
+    "LRP": on_pixels(ca.LRP),
+    "GuidedGradCam": with_spatial(ca.GuidedGradCam),
+    "LayerGradCam": with_spatial(ca.LayerGradCam),
+    "LayerActivation": Row(lambda c: ca.LayerActivation(c.forward, c.layer)),
+    "LayerGradientXActivation": on_layer(ca.LayerGradientXActivation),
+    "LayerIntegratedGradients": on_layer(ca.LayerIntegratedGradients, n_steps=2, **ONE_BY_ONE),
+    "LayerConductance": on_layer(ca.LayerConductance, n_steps=2),
+    "InternalInfluence": on_layer(ca.InternalInfluence, n_steps=2, **ONE_BY_ONE),
+    "LayerDeepLift": on_layer(ca.LayerDeepLift),
+    "NeuronGradient": on_neuron(ca.NeuronGradient),
+    "NeuronIntegratedGradients": on_neuron(ca.NeuronIntegratedGradients, n_steps=2, **ONE_BY_ONE),
+    "NeuronConductance": Row(
+        lambda c: ca.NeuronConductance(c.forward, c.layer),
+        lambda c: {"neuron_selector": c.neuron, "target": c.target, "n_steps": 2, **ONE_BY_ONE},
+    ),
+    "NoiseTunnel(Saliency)": Row(
+        lambda c: ca.NoiseTunnel(ca.Saliency(c.forward)),
+        lambda c: {"target": c.target, "nt_samples": 2, "stdevs": 0.05},
+    ),
+}
+
+
+class ConvNet(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.conv2 = nn.Conv2d(3, 6, 3, padding=1), nn.Conv2d(6, 8, 3, padding=1)
+        self.relu1, self.relu2 = nn.ReLU(), nn.ReLU()
+        self.pool1, self.pool2 = nn.MaxPool2d(2), nn.AdaptiveAvgPool2d(2)
+        self.head = nn.Linear(32, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.pool1(self.relu1(self.conv1(x)))
+        return self.head(self.pool2(self.relu2(self.conv2(x))).flatten(1))
+
+
+def cnn() -> Column:
+    net = ConvNet().eval()
+    picture = torch.rand(1, 3, 32, 24)
+    activation = net.conv2(net.pool1(net.relu1(net.conv1(picture))))[0]
+    active = tuple(int(i) for i in torch.unravel_index(activation.argmax(), activation.shape))
+    return Column("CNN", net, picture, 1, net.conv2, active, net.conv2)
+
+
+class Logits(nn.Module):
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        return self.model(pixel_values=pixels).logits
+
+
+def vit() -> Column:
+    config = ViTConfig(
+        image_size=32, patch_size=8, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4
+    )
+    model = ViTForImageClassification(config).eval()
+    (projection,) = (m for m in model.modules() if isinstance(m, nn.Conv2d))
+    blocks = next(m for m in model.modules() if isinstance(m, nn.ModuleList))
+    return Column("ViT", Logits(model), torch.rand(1, 3, 32, 32), 1, blocks[0], (3, 5), projection, LowPass())
+
+
+def mllm(model_type: str, heading: str) -> Callable[[], Column]:
+    def make() -> Column:
+        model, processor = tiny(model_type)
+        forward = PixelForward(ModelAdapter(model, processor), "describe the picture .", "a red cat")
+        towers = [m for m in model.modules() if isinstance(m, nn.Conv2d)] if model_type == "llava" else []
+        layer = model.get_decoder().layers[0]
+        target = (1, forward.answer_ids[1])
+        return Column(
+            heading, forward, torch.rand(1, 3, 84, 112), target, layer, (-3, 5), towers[0] if towers else None
+        )
+
+    return make
+
+
+COLUMNS: tuple[Callable[[], Column], ...] = (
+    cnn,
+    vit,
+    mllm("qwen2_vl", "Qwen2-VL (dynamic grid)"),
+    mllm("llava", "LLaVA (fixed size)"),
+    mllm("idefics3", "Idefics3 (tiles)"),
+)
+
+
+def leaves(result: Any) -> Iterator[Tensor]:
+    yield from [result] if isinstance(result, Tensor) else result
+
+
+def attempt(run: Callable[[], Any]) -> tuple[list[Tensor], str | None]:
+    """The result's tensors, or the error's first words."""
+    try:
+        torch.manual_seed(0)
+        return list(leaves(run())), None
+    except Exception as error:
+        return [], f"{type(error).__name__}: {' '.join(str(error).split())[:260]}"
+
+
+def cell(row: Row, column: Column) -> str:
+    """``'works'``, how it does, or why not."""
+    if row.needs_spatial and column.spatial is None:
+        return "GradCAM needs a layer with outputs (N, C, height, width); this model has tokens."
+    method, arguments = row.make(column), row.arguments(column)
+    picture = column.picture
+    if isinstance(method, ca.FeaturePermutation):
+        picture = torch.cat([picture, picture.flip(3), picture.flip(2)])  # which permutes examples
+    own, error = attempt(lambda: method.attribute(picture, **arguments))
+    if error:
+        return f"Captum alone: {error}"
+
+    def works(pyramid: Pyramid) -> str | None:
+        result, error = attempt(lambda: MSEA(method, SCALES, pyramid=pyramid).attribute(picture, **arguments))
+        if error:
+            return error
+        shapes = [[tuple(tensor.shape) for tensor in tensors] for tensors in (result, own)]
+        if shapes[0] != shapes[1]:
+            return f"shapes {shapes[0]} instead of {shapes[1]}"
+        if not all(bool(tensor.isfinite().all()) for tensor in result):
+            return "not finite"
+        return None if any(bool(tensor.any()) for tensor in result) else "all zero"
+
+    reason = works(column.pyramid)
+    if reason is None:
+        return "works"
+    return "LowPass" if not isinstance(column.pyramid, LowPass) and works(LowPass()) is None else reason
+
+
+def main(
+    out: Annotated[Path | None, typer.Option(help="Markdown file to write")] = None,
+    threads: Annotated[int, typer.Option(help="CPU threads")] = 1,
+) -> None:
+    torch.set_num_threads(threads)
+    warnings.simplefilter("ignore")
+    start = time.process_time()
+    reasons: dict[str, int] = {}
+    cells: dict[str, list[str]] = {name: [] for name in ROWS}
+    headings = []
+    for make in COLUMNS:
+        torch.manual_seed(0)
+        column = make()
+        headings.append(column.name)
+        for name, row in ROWS.items():
+            result = cell(row, column)
+            if result not in ("works", "LowPass"):
+                result = str(reasons.setdefault(result, len(reasons) + 1))
+            cells[name].append(result)
+            typer.echo(f"{column.name}: {name}: {result}", err=True)
+    lines = [
+        EXPLANATION,
+        "",
+        f"| method | {' | '.join(headings)} |",
+        f"|---|{'---|' * len(headings)}",
+        *(f"| {name} | {' | '.join(row)} |" for name, row in cells.items()),
+        "",
+        *(f"{number}. {reason}" for reason, number in reasons.items()),
+    ]
+    every = [result for row in cells.values() for result in row]
+    lines.insert(1, f"\n{sum(result in ('works', 'LowPass') for result in every)} of {len(every)} cells work.")
+    text = "\n".join(lines) + "\n"
+    typer.echo(text)
+    typer.echo(f"{time.process_time() - start:.0f} s of processor time", err=True)
+    if out is not None:
+        out.write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    typer.run(main)
