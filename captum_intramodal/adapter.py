@@ -27,7 +27,7 @@ from captum_intramodal.geometry import (
 from captum_intramodal.hooks import evaluation_mode
 from captum_intramodal.logit_lens import LogitLens
 
-__all__ = ["Encoding", "ModelAdapter", "check_images", "logits_gap"]
+__all__ = ["Encoding", "ModelAdapter", "check_images", "logits_gap", "stack_inputs"]
 
 # Model types whose processor takes one list of pictures per prompt.
 NESTED_IMAGES = ("idefics",)
@@ -136,6 +136,24 @@ class ModelAdapter:
             and all(logits_gap(*pair) <= tolerance for pair in zip(logits, expected, strict=False))
             for (ids, logits), (expected_ids, expected) in zip(together, alone, strict=True)
         )
+
+    @cached_property
+    def stacks(self) -> bool:
+        """Whether inputs of single prompts, stacked by :func:`stack_inputs`, are read as each alone: tried with two."""
+        pictures = [[_noise_picture((96, 64), seed)] * (2 if self.video else 1) for seed in (0, 1)]
+        tolerance = 1e-3 if self.model.dtype in (torch.float32, torch.float64) else 5e-2
+        try:
+            with evaluation_mode(self.model):
+                answer = self.tokenize_answer("describe")
+                inputs = [self.encode(self.prepare(shown, "describe"), answer).inputs for shown in pictures]
+                together = self.run(stack_inputs(inputs)).logits
+                gaps = [
+                    logits_gap(logits[-1:], self.run(single).logits[0, -1:])
+                    for logits, single in zip(together, inputs, strict=True)
+                ]
+        except Exception:  # Whatever a model raises that was not made for batches.
+            return False
+        return max(gaps) <= tolerance
 
     def _try_batch(self, images: Sequence[Any], prompts: Sequence[str]) -> list[tuple[Tensor, list[Tensor]]]:
         """Per example its ids, and the logits of an answer (the prompt's words) and of two generated tokens."""
@@ -496,9 +514,18 @@ def _append(rows: Tensor, more: Sequence[Tensor], padding: int) -> Tensor:
     return pad_sequence(longer, batch_first=True, padding_value=padding, padding_side="left")
 
 
-def _noise_picture(size: tuple[int, int]) -> Image.Image:
+def stack_inputs(examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Inputs of prompts of one length as those of a batch. Whatever their first dimension counts, examples, pictures,
+    tiles or patches, a batch has them one after the other."""
+    return {
+        key: torch.cat([example[key] for example in examples]) if isinstance(value, Tensor) else value
+        for key, value in examples[0].items()
+    }
+
+
+def _noise_picture(size: tuple[int, int], seed: int = 0) -> Image.Image:
     """All-black pictures are dropped by some processors."""
-    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), np.uint8))
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), np.uint8))
 
 
 def _stack_frames(frames: Sequence[Image.Image | Tensor]) -> Tensor:

@@ -26,8 +26,8 @@ class HiddenStates(nn.Module):
 
     Captum expects of a layer that it is called with positional tensors, returns tensors only, and has channels in
     dimension 1. Decoder layers may be called by keyword and may return tuples with None in them, and ``LayerGradCam``
-    would take their positions for channels. And it expects to see all examples in one call: of a ``PixelForward``,
-    which runs pictures one by one, the layer's states are collected first, shown together, and given back one by one.
+    would take their positions for channels. And it expects to see all examples in one call: of a ``PixelForward`` that
+    runs pictures one by one, the layer's states are collected first, shown together, and given back one by one.
 
     Args:
 
@@ -70,7 +70,7 @@ class HiddenStates(nn.Module):
     def forward(self, *args: Any) -> Any:
         """Runs ``forward_func``."""
         count = len(args[0]) if args and isinstance(args[0], Tensor) else 1
-        if count > 1 and isinstance(self.forward_func, PixelForward):
+        if count > 1 and isinstance(self.forward_func, PixelForward) and not self.forward_func.stacks:
             return self._one_by_one(args, count)
         calls = []
 

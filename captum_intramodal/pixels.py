@@ -1,10 +1,11 @@
 r"""A multimodal model as a differentiable function of its pictures' pixels and its prompt: what Captum methods need.
 
 Captum multiplies examples: IntegratedGradients by its steps, NoiseTunnel and GradientShap by their samples,
-perturbation methods by ``perturbations_per_eval``. The functions here run each example on its own, so that patches of
-several pictures, which many families pack into one tensor, never mix. The graph of every example is kept until Captum
-asks for the gradient; ``internal_batch_size=1`` (of NoiseTunnel: ``nt_samples_batch_size=1``) keeps one at a time and
-changes no result.
+perturbation methods by ``perturbations_per_eval``. The functions here make each example's inputs on their own, so that
+patches of several pictures, which many families pack into one tensor, never mix; they run in one pass where a trial
+shows that the model reads them as each alone, else one by one. The graph of every example is kept until Captum asks for
+the gradient; ``internal_batch_size=1`` (of NoiseTunnel: ``nt_samples_batch_size=1``) keeps one at a time and changes no
+result.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor, nn
 
-from captum_intramodal.adapter import ModelAdapter, Prompt
+from captum_intramodal.adapter import ModelAdapter, Prompt, stack_inputs
 from captum_intramodal.coordinates import PixelMap
 from captum_intramodal.hooks import evaluation_mode, replaced_embeddings
 
@@ -27,12 +28,15 @@ Output = Literal["logits", "log_probs", "token_logits", "token_log_probs", "answ
 OUTPUTS: tuple[str, ...] = get_args(Output)
 OF_TOKENS = ("token_logits", "token_log_probs", "answer_log_prob")
 
+# Where Captum's hooks on layers come from.
+LAYER_HOOKS = ("captum._utils.gradient", "captum.attr._core.layer.", "captum.attr._core.deep_lift")
+
 # Levels, of 255, by which float32 misses a whole one after division by 255.
 _ROUNDING = 1e-3
 
 
 class _AnswerForward(nn.Module):
-    """What a model makes of an answer's tokens after a prompt, teacher-forced, one example at a time.
+    """What a model makes of an answer's tokens after a prompt, teacher-forced.
 
     Args:
         adapter (ModelAdapter): The model and its processor.
@@ -59,6 +63,8 @@ class _AnswerForward(nn.Module):
         self.output = output
         self.answer_ids = adapter.tokenize_answer(answer)
         self.contrast_ids = None if contrast is None else adapter.tokenize_answer(contrast)
+        # Tried here, not in a pass in which Captum has hooks on the model.
+        self.stacks = adapter.stacks
 
     def _scores(
         self,
@@ -78,15 +84,31 @@ class _AnswerForward(nn.Module):
                 )
             if contrasts.shape != answers.shape:
                 raise ValueError(f"A contrast of {contrasts.shape[1]} tokens for an answer of {answers.shape[1]}.")
-        scores = []
-        for index, (inputs, context) in enumerate(examples):
-            answer = answers[index]
-            encoding = self.adapter.encode(inputs, answer.tolist())
+        encodings, contexts = [], []
+        for (inputs, context), answer in zip(examples, answers.tolist(), strict=True):
+            encodings.append(self.adapter.encode(inputs, answer).inputs)
+            contexts.append(context)
+        logits = self._logits(encodings, contexts, answers.shape[1])
+        others = [None] * count if contrasts is None else contrasts
+        return torch.stack([self._score(*each) for each in zip(logits, answers, others, strict=True)])
+
+    def _logits(
+        self, encodings: Sequence[Mapping[str, Any]], contexts: Sequence[AbstractContextManager[None]], length: int
+    ) -> Sequence[Tensor]:
+        """Per example the logits of its answer."""
+        plain = all(isinstance(context, nullcontext) for context in contexts)
+        if len(encodings) > 1 and plain and self.stacks and len({_shapes(inputs) for inputs in encodings}) == 1:
+            with evaluation_mode(self.model, gradients=True):
+                logits: Tensor = self.adapter.run(stack_inputs(encodings)).logits[:, -length - 1 : -1]
+            return logits.unbind()
+        if len(encodings) > 1:
+            _refuse_layer_hooks(self.model)
+        each = []
+        for inputs, context in zip(encodings, contexts, strict=True):
             # Given back after each example: a model that draws random numbers draws the same for all of them.
             with evaluation_mode(self.model, gradients=True), context:
-                logits = self.adapter.run(encoding.inputs).logits[0, -len(answer) - 1 : -1]
-            scores.append(self._score(logits, answer, None if contrasts is None else contrasts[index]))
-        return torch.stack(scores)
+                each.append(self.adapter.run(inputs).logits[0, -length - 1 : -1])
+        return each
 
     def _score(self, logits: Tensor, answer: Tensor, contrast: Tensor | None) -> Tensor:
         values = logits if self.output in ("logits", "token_logits") else _wide(logits).log_softmax(-1)
@@ -105,8 +127,8 @@ class PixelForward(_AnswerForward):
 
     The picture goes through the model's own image processor, whose torchvision version is differentiable: resizing,
     tiling, patching and normalisation included. Any picture size works, so that MSEA can resize its input; the prompt's
-    placeholders follow. Each example runs on its own, in evaluation mode, with the parameters frozen; the model's flags
-    and the random state are given back.
+    placeholders follow. The model runs in evaluation mode, with the parameters frozen; its flags and the random state
+    are given back.
 
     The ordinary way of a picture to the model rounds to 8 bits, before and after resizing. With ``exact=True`` that
     rounding is part of the values, and the gradient is that of the way without rounding: for a picture of 8 bits (whole
@@ -479,6 +501,22 @@ def _not_blank(pixels: Tensor) -> Tensor:
         return pixels
     blank = (pixels == 0).flatten(-3).all(-1)
     return pixels + 1e-6 * blank[..., None, None, None].to(pixels) if bool(blank.any()) else pixels
+
+
+def _shapes(inputs: Mapping[str, Any]) -> tuple[Any, ...]:
+    return tuple((key, value.shape) for key, value in inputs.items() if isinstance(value, Tensor))
+
+
+def _refuse_layer_hooks(model: nn.Module) -> None:
+    """Captum's hooks on layers expect all examples in one call; of several calls they would silently keep the last."""
+    for module in model.modules():
+        for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()):
+            if getattr(hook, "__module__", "").startswith(LAYER_HOOKS):
+                raise ValueError(
+                    f"{type(model).__name__} runs these examples one by one, but Captum's layer method needs them in "
+                    "one pass. Pass one example and internal_batch_size=1, if the method has it; or go through "
+                    "VisualTokenAttribution, ARC or HiddenStates, which show it all of them."
+                )
 
 
 def _expand(name: str, tensor: Tensor, count: int) -> Tensor:

@@ -8,9 +8,11 @@ import torch
 from captum.attr import (
     FeatureAblation,
     GradientShap,
+    GuidedBackprop,
     InputXGradient,
     IntegratedGradients,
     KernelShap,
+    LayerIntegratedGradients,
     NoiseTunnel,
     Occlusion,
     Saliency,
@@ -415,9 +417,11 @@ def test_a_processor_that_cannot_be_measured() -> None:
 class Noisy(nn.Module):
     """Draws from the random state, even in evaluation mode."""
 
-    def __init__(self, inner: nn.Module, error: type[BaseException] | None = None) -> None:
+    error: type[BaseException] | None = None
+
+    def __init__(self, inner: nn.Module) -> None:
         super().__init__()
-        self.inner, self.error = inner, error
+        self.inner = inner
 
     def forward(self, x: Tensor) -> Any:
         torch.rand(3)
@@ -432,9 +436,10 @@ def test_the_models_state_comes_back(error: type[BaseException] | None) -> None:
     model.requires_grad_(True).train()
     some = next(module for module in model.modules() if isinstance(module, nn.Linear))
     some.eval()
-    model.lm_head = Noisy(model.lm_head, error)
+    model.lm_head = noisy = Noisy(model.lm_head)
     flags = [module.training for module in model.modules()]
     forward = PixelForward(ModelAdapter(model, processor), PROMPT, ANSWER, "token_logits")
+    noisy.error = error
     x = tensor_of(picture())
     rows = forward.prompt_embeddings(x[0])
     random = torch.get_rng_state()
@@ -574,3 +579,34 @@ def test_prompt_of_family(model_type: str) -> None:
     tolerance *= 1000 if model_type in ("gemma3n", "gemma4") else 1
     assert torch.allclose(forward(x, rows)[0][usual], other[usual], atol=tolerance)
     assert float((own - other)[usual].abs().max()) > 5e-3 * spread(own)
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2_vl", "idefics3"])
+def test_captums_layer_methods_see_all_examples(family: str) -> None:
+    forward = PixelForward(adapter_of(family), PROMPT, ANSWER, "token_logits", exact=False)
+    assert forward.stacks
+    layer, x = forward.model.get_decoder().layers[0], tensor_of(picture())
+    method = LayerIntegratedGradients(forward, layer)
+    together, one_by_one = (
+        method.attribute(x, target=1, n_steps=4, attribute_to_layer_input=True, internal_batch_size=size)
+        for size in (None, 1)
+    )
+    torch.testing.assert_close(together, one_by_one, atol=1e-5, rtol=1e-3)
+
+
+def test_captums_layer_methods_are_refused_where_examples_run_one_by_one() -> None:
+    forward = PixelForward(adapter_of("llava"), PROMPT, ANSWER, "token_logits")
+    forward.stacks = False
+    method = LayerIntegratedGradients(forward, forward.model.get_decoder().layers[0])
+    with pytest.raises(ValueError, match="internal_batch_size=1"):
+        method.attribute(tensor_of(picture()), target=1, n_steps=4)
+    method.attribute(tensor_of(picture()), target=1, n_steps=4, internal_batch_size=1)
+    # Other hooks do not mind.
+    GuidedBackprop(forward).attribute(tensor_of(picture()).expand(2, -1, -1, -1), target=1)
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2_vl", "internvl"])
+def test_a_batch_is_what_each_example_is_alone(family: str) -> None:
+    forward = PixelForward(adapter_of(family), PROMPT, ANSWER)
+    x = torch.cat([tensor_of(picture(seed=seed)) for seed in (1, 2)])
+    torch.testing.assert_close(forward(x), torch.cat([forward(x[:1]), forward(x[1:])]), atol=1e-5, rtol=1e-4)
