@@ -511,7 +511,7 @@ def _refuse_layer_hooks(model: nn.Module) -> None:
     """Captum's hooks on layers expect all examples in one call; of several calls they would silently keep the last."""
     for module in model.modules():
         for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()):
-            if getattr(hook, "__module__", "").startswith(LAYER_HOOKS):
+            if getattr(getattr(hook, "func", hook), "__module__", "").startswith(LAYER_HOOKS):
                 raise ValueError(
                     f"{type(model).__name__} runs these examples one by one, but Captum's layer method needs them in "
                     "one pass. Pass one example and internal_batch_size=1, if the method has it; or go through "

@@ -77,6 +77,9 @@ class Resize:
         interpolate_mode (str, optional): ``'linear'`` (bilinear or trilinear as the input has 2 or 3 spatial
                     dimensions) or ``'nearest'``, for the way down and back; shrinking is antialiased where torch can.
                     Default: ``'linear'``
+        inputs (Sequence[int], optional): Which inputs go to a scale, counted from 0; (0,) for a picture and embeddings
+                    (N, tokens, width), whose width is no size.
+                    Default: None, those with one to three spatial dimensions.
         forward_args (Sequence[int], optional): Which of ``additional_forward_args`` follow, counted from 0.
                     Default: None, tensors of at least a batch dimension that end with the spatial size of an input.
 
@@ -86,11 +89,15 @@ class Resize:
     """
 
     def __init__(
-        self, interpolate_mode: Literal["linear", "nearest"] = "linear", forward_args: Sequence[int] | None = None
+        self,
+        interpolate_mode: Literal["linear", "nearest"] = "linear",
+        inputs: Sequence[int] | None = None,
+        forward_args: Sequence[int] | None = None,
     ) -> None:
         if interpolate_mode not in ("linear", "nearest"):
             raise ValueError(f"interpolate_mode must be 'linear' or 'nearest', got {interpolate_mode!r}.")
         self.interpolate_mode = interpolate_mode
+        self.inputs = inputs
         self.forward_args = forward_args
 
     def down(
@@ -103,7 +110,7 @@ class Resize:
         """
         if scale == 1:
             return inputs, dict(kwargs)
-        sizes = _input_sizes(inputs)
+        sizes = _input_sizes(inputs, self.inputs)
         scaled = {size: tuple(max(1, round(side * scale)) for side in size) for size in sizes if size}
 
         def image(value: Any, size: Size) -> Any:
@@ -161,6 +168,9 @@ class LowPass:
 
     Args:
 
+        inputs (Sequence[int], optional): Which inputs go to a scale, counted from 0; (0,) for a picture and embeddings
+                    (N, tokens, width), whose width is no size.
+                    Default: None, those with one to three spatial dimensions.
         forward_args (Sequence[int], optional): Which of ``additional_forward_args`` follow, counted from 0.
                     Default: None, tensors of at least a batch dimension that end with the spatial size of an input.
 
@@ -169,7 +179,8 @@ class LowPass:
         >>> msea = MSEA(IntegratedGradients(vit), scales=(0.25, 0.5, 1.0), pyramid=LowPass())
     """
 
-    def __init__(self, forward_args: Sequence[int] | None = None) -> None:
+    def __init__(self, inputs: Sequence[int] | None = None, forward_args: Sequence[int] | None = None) -> None:
+        self.inputs = inputs
         self.forward_args = forward_args
 
     def down(
@@ -182,7 +193,7 @@ class LowPass:
         """
         if scale >= 1:
             return inputs, dict(kwargs)
-        sizes = _input_sizes(inputs)
+        sizes = _input_sizes(inputs, self.inputs)
 
         def image(value: Any, size: Size) -> Any:
             if not _ends_with(value, size) or not value.is_floating_point():
@@ -439,8 +450,12 @@ def _spatial_sizes(tensors: Sequence[Tensor]) -> list[Size]:
     return [tuple(tensor.shape[2:]) if 3 <= tensor.ndim <= 5 else () for tensor in tensors]
 
 
-def _input_sizes(inputs: Sequence[Tensor]) -> list[Size]:
-    if not any(sizes := _spatial_sizes(inputs)):
+def _input_sizes(inputs: Sequence[Tensor], chosen: Sequence[int] | None) -> list[Size]:
+    """Spatial sizes of the inputs that go to a scale, empty for the others."""
+    sizes = _spatial_sizes(inputs)
+    if chosen is not None:
+        sizes = [size if index in chosen else () for index, size in enumerate(sizes)]
+    if not any(sizes):
         raise ValueError(
             f"MSEA resizes inputs with spatial dimensions (N, C, ...), got shapes "
             f"{[tuple(tensor.shape) for tensor in inputs]}; use scales=(1.0,) for inputs that have none."

@@ -21,7 +21,7 @@ from families import FAMILIES, LEFT_OUT, answer_logits, build, prepare
 from PIL import Image
 from torch import Tensor, nn
 
-from captum_intramodal import MSEA, ModelAdapter, PixelForward, ProcessedPixelForward
+from captum_intramodal import MSEA, ModelAdapter, PixelForward, ProcessedPixelForward, Resize
 from captum_intramodal.hooks import evaluation_mode
 
 PROMPT, ANSWER = "describe the picture", "a red cat"
@@ -610,3 +610,15 @@ def test_a_batch_is_what_each_example_is_alone(family: str) -> None:
     forward = PixelForward(adapter_of(family), PROMPT, ANSWER)
     x = torch.cat([tensor_of(picture(seed=seed)) for seed in (1, 2)])
     torch.testing.assert_close(forward(x), torch.cat([forward(x[:1]), forward(x[1:])]), atol=1e-5, rtol=1e-4)
+
+
+def test_picture_and_prompt_together_at_several_scales() -> None:
+    forward = PixelForward(adapter_of("qwen2_vl"), PROMPT, ANSWER, "answer_log_prob", exact=False)
+    x = tensor_of(picture())
+    rows = forward.prompt_embeddings(x[0])
+    msea = MSEA(InputXGradient(forward), scales=(1.0, 1.5), pyramid=Resize(inputs=(0,)))
+    shown, said = msea.attribute((x, rows))
+    assert shown.shape == x.shape and said.shape == rows.shape
+    larger = nn.functional.interpolate(x, (96, 144), mode="bilinear")
+    each = [InputXGradient(forward).attribute((size, rows))[1].detach() for size in (x, larger)]
+    torch.testing.assert_close(said, (each[0] + each[1]) / 2, atol=1e-5, rtol=1e-4)
