@@ -3,7 +3,7 @@ r"""What works on which model type of ``AutoModelForImageTextToText``: the table
     python benchmarks/families.py --out benchmarks/results/families.md
 
 Each type is a tiny random model of the real class with its real processor (tests/families.py), in a process of its own:
-an explanation of one picture and of two, and everything that :func:`captum_intramodal.check` tests.
+an explanation of one picture, of two and of a video, and everything that :func:`captum_intramodal.check` tests.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ METHODS = {
 }
 QUESTION, ANSWER = "describe the picture", "a red cat"
 EXPLANATION = """Printed by `python benchmarks/families.py`, on tiny random models of the real classes with their real
-processors and a picture of 640 x 400 pixels. *Oracle*: how often the token that reacts most to a small change of the
+processors and a picture of 640 x 400 pixels (*video*: four frames of 320 x 200). *Oracle*: how often the token that reacts most to a small change of the
 picture has a box around the change, in brackets with shuffled boxes. *Lens*: `head(norm(h))` where that gives the
 model's own logits, else the model's own tail, replayed. *Scales*: what `scales="auto"` takes for that picture.
 *Explained by*: the logit lens at visual tokens in the decoder's sequence; activation x gradient at visual tokens
@@ -87,12 +87,19 @@ def survey(model_type: str, report: Callable[[dict[str, Any]], None]) -> None:
         maps = explain(model, processor, pictures, QUESTION, ANSWER, scales=(1.0,)).maps
         return {"several_images": len(maps) == 2 and all(bool(m.any()) for m in maps)}
 
+    def explain_video() -> dict[str, Any]:
+        frames = [natural_picture((320, 200), seed) for seed in range(4)]
+        maps = explain(model, processor, frames, QUESTION, ANSWER, scales=(1.0,), video=True).maps
+        return {"video": len(maps) == 4 and all(bool(m.any()) for m in maps)}
+
     def check_it() -> dict[str, Any]:
         checks = check(model, processor, picture, QUESTION).checks
         return {"checks": {c.name: {"passed": c.passed, "detail": c.detail, **c.figures} for c in checks}}
 
     step("explain", explain_one)
     step("several images", explain_two)
+    if getattr(processor, "video_processor", None) is not None:
+        step("video", explain_video)
     step("check", check_it)
     report(row | {"finished": True})
 
@@ -118,10 +125,14 @@ def run_apart(model_type: str, timeout: float) -> dict[str, Any]:
 def cells(row: dict[str, Any]) -> list[str]:
     """A row of the table."""
     if "left_out" in row:
-        return [row["type"], "", "left out", "", "", "", "", "", row["left_out"]]
+        return [row["type"], "", "left out", "", "", "", "", "", "", row["left_out"]]
     checks = row.get("checks", {})
     geometry, lens, pixels = (checks.get(name, {}) for name in ("geometry", "logit lens", "pixels"))
-    notes = [f"{name}: {message}" for name, message in row.get("errors", {}).items() if name != "several images"]
+    notes = [
+        f"{name}: {message}"
+        for name, message in row.get("errors", {}).items()
+        if name not in ("several images", "video")
+    ]
     notes += [row["error"]] if "error" in row else []
     if geometry and geometry["passed"] is None:
         notes.append(geometry["detail"].removesuffix(" Explained by its pixels"))
@@ -138,6 +149,7 @@ def cells(row: dict[str, Any]) -> list[str]:
         lens.get("tail", ""),
         ", ".join(f"{scale:g}" for scale in row.get("scales", [])),
         "yes" if row.get("several_images") else "no",
+        "yes" if row.get("video") else "no",
         ("yes" if pixels.get("passed") else "no") + (f"; {' '.join(notes)}" if notes else ""),
     ]
 
@@ -154,11 +166,12 @@ def markdown(rows: list[dict[str, Any]]) -> str:
         f"{by['logit_lens']} by the logit lens at visual tokens, {by['layer_gradient_x_activation']} by activation x "
         f"gradient at visual tokens, {by['input_x_gradient']} by their pixels. Of {len(oracles)} types whose tokens "
         f"have a place, {right} pass the oracle at 0.97. The lens is fast for {tails.count('fast')} and replayed for "
-        f"{tails.count('replay')}. Several pictures: {sum(bool(row.get('several_images')) for row in ran)}.",
+        f"{tails.count('replay')}. Several pictures: {sum(bool(row.get('several_images')) for row in ran)}; video: "
+        f"{sum(bool(row.get('video')) for row in ran)}.",
         "",
-        "| type | class | explained by | visual tokens | oracle (chance) | lens | scales | several images | Captum on "
-        "pixels; notes |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| type | class | explained by | visual tokens | oracle (chance) | lens | scales | several images | video | "
+        "Captum on pixels; notes |",
+        "|---|---|---|---|---|---|---|---|---|---|",
         *(f"| {' | '.join(cell.replace('|', '/') for cell in cells(row))} |" for row in rows),
     ]
     return "\n".join(lines)
