@@ -36,11 +36,12 @@ METHODS = {
 }
 QUESTION, ANSWER = "describe the picture", "a red cat"
 EXPLANATION = """Printed by `python benchmarks/families.py`, on tiny random models of the real classes with their real
-processors and a picture of 640 x 400 pixels (video: four frames of 320 x 200). *Oracle*: how often the token that reacts
-most to a small change of the picture has a box around the change, in brackets with shuffled boxes. *Lens*: `head(norm(h))` where that gives the
-model's own logits, else the model's own tail, replayed. *Scales*: what `scales="auto"` takes for that picture.
-*Explained by*: the logit lens at visual tokens in the decoder's sequence; activation x gradient at visual tokens
-elsewhere, in the argument of the decoder's blocks that is named; else input x gradient at the pixels."""
+processors and a picture of 640 x 400 pixels (video: four frames of 320 x 200). *Oracle*: how often the token that
+reacts most to a small change of the picture has a box around the change, in brackets with shuffled boxes. *Lens*:
+`head(norm(h))` where that gives the model's own logits, else the model's own tail, replayed. *Scales*: what
+`scales="auto"` takes for that picture. *Explained by*: the logit lens at visual tokens in the decoder's sequence;
+activation x gradient at visual tokens elsewhere, in the argument of the decoder's blocks that is named; else input x
+gradient at the pixels."""
 
 
 def natural_picture(size: tuple[int, int] = SIZE, seed: int = 0) -> Image.Image:
