@@ -146,14 +146,19 @@ def score(
 
 
 def evaluate(
-    adapter: ModelAdapter, methods: dict[str, Explainer], count: int, world: str, objects: tuple[int, int]
+    adapter: ModelAdapter,
+    methods: dict[str, Explainer],
+    count: int,
+    world: str,
+    objects: tuple[int, int],
+    size: tuple[int, int],
 ) -> dict[str, np.ndarray]:
     """Per method an array (scenes, 6): the means of Obj-IoU, pointing and Func-IoU, then the numbers of words."""
     classes, sprites = WORLDS[world]
     rows: dict[str, list[list[float]]] = {name: [] for name in methods}
     layers = range(len(adapter.lens.layers))
     for index in track(range(count), description="Explaining"):
-        scene = compose(HELD_OUT + index, (256, 192), objects, classes, sprites)
+        scene = compose(HELD_OUT + index, size, objects, classes, sprites)
         reading = read_answer(
             adapter, [scene.image], "describe the picture.", None, SCALES, ranking_layers=layers, crops=True
         )
@@ -189,6 +194,7 @@ def main(
     world: Annotated[str, typer.Option(help="'demo', or 'other': words and sprites the demo has never seen.")] = "demo",
     scenes: int = 200,
     objects: Annotated[tuple[int, int], typer.Option(help="Fewest and most objects per scene.")] = (2, 4),
+    size: Annotated[tuple[int, int], typer.Option(help="Width and height of the scenes in pixels.")] = (256, 192),
     sweep_options: Annotated[bool, typer.Option("--sweep", help="Every option, one at a time.")] = False,
     out: Annotated[
         Path | None, typer.Option(help="Write the table as Markdown, and the figures as JSON beside it.")
@@ -196,10 +202,13 @@ def main(
     threads: int = 1,
 ) -> None:
     adapter = load_adapter(model, threads)
-    results = evaluate(adapter, sweep() if sweep_options else MAIN, scenes, world, objects)
+    results = evaluate(adapter, sweep() if sweep_options else MAIN, scenes, world, objects, size)
     summaries = {name: summarise(values) for name, values in results.items()}
     words = int(next(iter(results.values()))[:, 3].sum())
-    title = f"{scenes} held-out scenes of the {world} world, {objects[0]} to {objects[1]} objects, {words} object words"
+    title = (
+        f"{scenes} held-out scenes of the {world} world, {size[0]} x {size[1]} pixels, {objects[0]} to {objects[1]} "
+        f"objects, {words} object words"
+    )
     columns = ("Obj-IoU", "Func-IoU", "F1-IoU", "pointing")
     table = Table("explainer", *columns, title=title)
     lines = [f"{title}; 95 % bootstrap intervals over scenes.", "", f"| explainer | {' | '.join(columns)} |"]
