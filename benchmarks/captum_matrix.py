@@ -23,7 +23,7 @@ from captum._utils.models.linear_model import SkLearnLinearRegression
 from torch import Tensor, nn
 from transformers import ViTConfig, ViTForImageClassification
 
-from captum_intramodal import MSEA, LowPass, ModelAdapter, PixelForward, Pyramid, Resize
+from captum_intramodal import MSEA, LowPass, ModelAdapter, PixelForward, Pyramid, Resize, VisualTokenAttribution
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 from tests.tiny import tiny
@@ -31,16 +31,12 @@ from tests.tiny import tiny
 SCALES = (0.5, 1.0, 1.5)
 # Segments per side for perturbations of groups of pixels.
 SEGMENTS = 3
-# PixelForward runs each example on its own, so that a layer must not be given several at a time.
-ONE_BY_ONE: dict[str, Any] = {"internal_batch_size": 1}
 EXPLANATION = """Printed by `python benchmarks/captum_matrix.py`, on small random models. Each cell runs the method
 alone, then inside `MSEA` at scales 0.5, 1 and 1.5. *works*: the result has the method's own shape, is finite and not
-all zero. *LowPass*: so with `pyramid=LowPass()`; the layer has another number of tokens at other scales. A number
-refers to the reasons below the table, with the error that a user gets; *Captum alone*: the method itself does not run.
-Captum's DeepLift, GuidedBackprop and Deconvolution have rules for ReLU-like modules; elsewhere (ViT, most multimodal
-models) they are multiples of the gradient. `PixelForward` runs each example on its own: layer and neuron methods need
-`internal_batch_size=1` (without it LayerIntegratedGradients is silently wrong), and LayerConductance and LayerDeepLift,
-which give a layer several examples at once, cannot be."""
+all zero. A number refers to the reasons below the table, with the error that a user gets; *Captum alone*: the method
+itself does not run. Layer methods at a decoder of a multimodal model go through `VisualTokenAttribution`. Captum's
+DeepLift, GuidedBackprop and Deconvolution have rules for ReLU-like modules; elsewhere (ViT, most multimodal models)
+they are multiples of the gradient."""
 
 
 @dataclass
@@ -55,6 +51,7 @@ class Column:
         layer (nn.Module): for Layer* and Neuron* methods.
         neuron (tuple): a neuron of the layer.
         spatial (nn.Module, optional): a layer with outputs (N, C, height, width), for GradCAM.
+        tokens (bool): whether the layer is one of a decoder, with values at visual tokens.
         pyramid (Pyramid): the way to a scale and back.
     """
 
@@ -65,7 +62,12 @@ class Column:
     layer: nn.Module
     neuron: tuple[int, ...]
     spatial: nn.Module | None
+    tokens: bool = False
     pyramid: Pyramid = field(default_factory=Resize)
+
+    def at_layer(self, method: type) -> ca.Attribution:
+        of_layer = method(self.forward, self.layer)
+        return VisualTokenAttribution(of_layer) if self.tokens else of_layer
 
     @property
     def segments(self) -> Tensor:
@@ -97,7 +99,7 @@ def on_groups(method: type, **arguments: Any) -> Row:
 
 
 def on_layer(method: type, **arguments: Any) -> Row:
-    return Row(lambda c: method(c.forward, c.layer), lambda c: {"target": c.target, **arguments})
+    return Row(lambda c: c.at_layer(method), lambda c: {"target": c.target, **arguments})
 
 
 def on_neuron(method: type, **arguments: Any) -> Row:
@@ -138,18 +140,21 @@ ROWS: dict[str, Row] = {
     ),
     "LRP": on_pixels(ca.LRP),
     "GuidedGradCam": with_spatial(ca.GuidedGradCam),
-    "LayerGradCam": with_spatial(ca.LayerGradCam),
-    "LayerActivation": Row(lambda c: ca.LayerActivation(c.forward, c.layer)),
+    "LayerGradCam": Row(
+        lambda c: c.at_layer(ca.LayerGradCam) if c.tokens else ca.LayerGradCam(c.forward, c.spatial),
+        lambda c: {"target": c.target},
+    ),
+    "LayerActivation": Row(lambda c: c.at_layer(ca.LayerActivation)),
     "LayerGradientXActivation": on_layer(ca.LayerGradientXActivation),
-    "LayerIntegratedGradients": on_layer(ca.LayerIntegratedGradients, n_steps=2, **ONE_BY_ONE),
+    "LayerIntegratedGradients": on_layer(ca.LayerIntegratedGradients, n_steps=2),
     "LayerConductance": on_layer(ca.LayerConductance, n_steps=2),
-    "InternalInfluence": on_layer(ca.InternalInfluence, n_steps=2, **ONE_BY_ONE),
+    "InternalInfluence": on_layer(ca.InternalInfluence, n_steps=2),
     "LayerDeepLift": on_layer(ca.LayerDeepLift),
     "NeuronGradient": on_neuron(ca.NeuronGradient),
-    "NeuronIntegratedGradients": on_neuron(ca.NeuronIntegratedGradients, n_steps=2, **ONE_BY_ONE),
+    "NeuronIntegratedGradients": on_neuron(ca.NeuronIntegratedGradients, n_steps=2),
     "NeuronConductance": Row(
         lambda c: ca.NeuronConductance(c.forward, c.layer),
-        lambda c: {"neuron_selector": c.neuron, "target": c.target, "n_steps": 2, **ONE_BY_ONE},
+        lambda c: {"neuron_selector": c.neuron, "target": c.target, "n_steps": 2},
     ),
     "NoiseTunnel(Saliency)": Row(
         lambda c: ca.NoiseTunnel(ca.Saliency(c.forward)),
@@ -195,7 +200,7 @@ def vit() -> Column:
     model = ViTForImageClassification(config).eval()
     (projection,) = (m for m in model.modules() if isinstance(m, nn.Conv2d))
     blocks = next(m for m in model.modules() if isinstance(m, nn.ModuleList))
-    return Column("ViT", Logits(model), torch.rand(1, 3, 32, 32), 1, blocks[0], (3, 5), projection, LowPass())
+    return Column("ViT", Logits(model), torch.rand(1, 3, 32, 32), 1, blocks[0], (3, 5), projection, pyramid=LowPass())
 
 
 def mllm(model_type: str, heading: str) -> Callable[[], Column]:
@@ -206,7 +211,7 @@ def mllm(model_type: str, heading: str) -> Callable[[], Column]:
         layer = model.get_decoder().layers[0]
         target = (1, forward.answer_ids[1])
         return Column(
-            heading, forward, torch.rand(1, 3, 84, 112), target, layer, (-3, 5), towers[0] if towers else None
+            heading, forward, torch.rand(1, 3, 84, 112), target, layer, (-3, 5), towers[0] if towers else None, True
         )
 
     return make
@@ -235,7 +240,7 @@ def attempt(run: Callable[[], Any]) -> tuple[list[Tensor], str | None]:
 
 
 def cell(row: Row, column: Column) -> str:
-    """``'works'``, how it does, or why not."""
+    """``'works'``, or why not."""
     if row.needs_spatial and column.spatial is None:
         return "GradCAM needs a layer with outputs (N, C, height, width); this model has tokens."
     method, arguments = row.make(column), row.arguments(column)
@@ -257,10 +262,7 @@ def cell(row: Row, column: Column) -> str:
             return "not finite"
         return None if any(bool(tensor.any()) for tensor in result) else "all zero"
 
-    reason = works(column.pyramid)
-    if reason is None:
-        return "works"
-    return "LowPass" if not isinstance(column.pyramid, LowPass) and works(LowPass()) is None else reason
+    return works(column.pyramid) or "works"
 
 
 def main(
@@ -279,7 +281,7 @@ def main(
         headings.append(column.name)
         for name, row in ROWS.items():
             result = cell(row, column)
-            if result not in ("works", "LowPass"):
+            if result != "works":
                 result = str(reasons.setdefault(result, len(reasons) + 1))
             cells[name].append(result)
             typer.echo(f"{column.name}: {name}: {result}", err=True)
@@ -293,7 +295,7 @@ def main(
         *(f"{number}. {reason}" for reason, number in reasons.items()),
     ]
     every = [result for row in cells.values() for result in row]
-    lines.insert(1, f"\n{sum(result in ('works', 'LowPass') for result in every)} of {len(every)} cells work.")
+    lines.insert(1, f"\n{every.count('works')} of {len(every)} cells work.")
     text = "\n".join(lines) + "\n"
     typer.echo(text)
     typer.echo(f"{time.process_time() - start:.0f} s of processor time", err=True)

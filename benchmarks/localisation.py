@@ -195,6 +195,7 @@ def main(
     scenes: int = 200,
     objects: Annotated[tuple[int, int], typer.Option(help="Fewest and most objects per scene.")] = (2, 4),
     size: Annotated[tuple[int, int], typer.Option(help="Width and height of the scenes in pixels.")] = (256, 192),
+    tam: Annotated[bool, typer.Option(help="TAM too, which needs one grid of tokens: no tiles.")] = True,
     sweep_options: Annotated[bool, typer.Option("--sweep", help="Every option, one at a time.")] = False,
     out: Annotated[
         Path | None, typer.Option(help="Write the table as Markdown, and the figures as JSON beside it.")
@@ -202,7 +203,12 @@ def main(
     threads: int = 1,
 ) -> None:
     adapter = load_adapter(model, threads)
-    results = evaluate(adapter, sweep() if sweep_options else MAIN, scenes, world, objects, size)
+    methods = {
+        name: method
+        for name, method in (sweep() if sweep_options else MAIN).items()
+        if tam or not isinstance(method, TAM)
+    }
+    results = evaluate(adapter, methods, scenes, world, objects, size)
     summaries = {name: summarise(values) for name, values in results.items()}
     words = int(next(iter(results.values()))[:, 3].sum())
     title = (
