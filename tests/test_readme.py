@@ -14,7 +14,7 @@ README = Path(__file__).parents[1] / "README.md"
 
 def test_the_readmes_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     blocks = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
-    assert len(blocks) == 4
+    assert len(blocks) == 5
     monkeypatch.chdir(tmp_path)
     names: dict[str, Any] = {}
     for block in blocks:
@@ -22,8 +22,17 @@ def test_the_readmes_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     width, height = names["explanation"].images[0].size
     assert names["heat"].shape == (height, width)
     assert (tmp_path / "page.html").exists()
-    tokens = len(names["targets"])
-    assert names["attribution"].shape == (1, 3, height, width)
-    assert names["suppressed"].shape == (tokens, height, width)
-    assert names["every"].shape[0] == tokens
-    assert all(torch.isfinite(names[name]).all() for name in ("heat", "attribution", "suppressed", "every"))
+    tokens = len(names["forward"].targets)
+    shapes = {
+        name: tuple(names[name].shape) for name in ("attribution", "over_picture", "every", "suppressed", "values")
+    }
+    positions = names["forward"].inputs(names["picture"][0])["input_ids"].shape[1]
+    assert shapes == {
+        "attribution": (1, 3, height, width),
+        "over_picture": (1, 1, height, width),
+        "every": (tokens, 1, height, width),
+        "suppressed": (tokens, height, width),
+        "values": (tokens, positions),
+    }
+    assert names["result"].token_attr.shape == (tokens, 3 * 4 + 4) and bool(names["result"].token_attr[:, :12].any())
+    assert all(bool(torch.isfinite(names[name]).all()) for name in shapes)
