@@ -251,6 +251,13 @@ def _hidden_argument(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     return args[0] if args else kwargs.get("hidden_states", kwargs.get("hidden_state"))
 
 
+def _run(model: PreTrainedModel, inputs: Mapping[str, Any]) -> None:
+    """A pass that draws the same random numbers every time: some models begin with noise. Callers give the random state
+    back."""
+    torch.manual_seed(0)
+    model(**inputs, use_cache=False)
+
+
 def _layer0_input(model: PreTrainedModel, inputs: Mapping[str, Any]) -> Tensor:
     """Hidden states that enter decoder layer 0, shape T x D; nothing after that point is computed."""
     captured: list[Tensor] = []
@@ -261,7 +268,7 @@ def _layer0_input(model: PreTrainedModel, inputs: Mapping[str, Any]) -> Tensor:
 
     handle = decoder_layers(model)[0].register_forward_pre_hook(stop, with_kwargs=True)
     try:
-        model(**inputs, use_cache=False)
+        _run(model, inputs)
     except _LayerReached:
         pass
     finally:
@@ -327,7 +334,7 @@ def _arguments(model: PreTrainedModel, inputs: Mapping[str, Any]) -> dict[str, T
     # Cross-attention blocks of their own may come before the first layer.
     handles = [block.register_forward_pre_hook(watch, with_kwargs=True) for block in decoder_blocks(model)]
     try:
-        model(**inputs, use_cache=False)
+        _run(model, inputs)
     except _LayerReached:
         pass
     finally:
