@@ -26,6 +26,7 @@ from captum_intramodal import ARC, ModelAdapter
 from captum_intramodal.demo import CHECKPOINT, Question, Scene, compose
 from captum_intramodal.demo.scenes import CLASSES, COLOURS
 from captum_intramodal.reading import read_answer
+from captum_intramodal.scoring import AnswerScorer
 
 HELD_OUT = 3_000_000
 CONTENT = {*CLASSES, *COLOURS, "yes", "no", "nothing"}
@@ -38,18 +39,10 @@ def spearman(a: Tensor, b: Tensor) -> float:
 
 
 def log_probability_drops(adapter: ModelAdapter, scene: Scene, question: Question, positions: Tensor) -> Tensor:
-    """How much each token's log-probability (row) falls when a text token (column) is replaced; float32 (T, T)."""
-    inputs = adapter.encode(
-        adapter.prepare([scene.image], question.prompt), adapter.tokenize_answer(question.answer)
-    ).inputs
-    count, ids = len(positions), inputs["input_ids"][0]
-    batch = {key: value.repeat(count, *[1] * (value.ndim - 1)) for key, value in inputs.items()}
-    batch["input_ids"][torch.arange(count), positions] = adapter.tokenizer.unk_token_id
-    with torch.no_grad():
-        changed = adapter.run(batch).logits.log_softmax(-1)
-        original = adapter.run(inputs).logits[0].log_softmax(-1)
-    before, tokens = positions - 1, ids[positions]
-    return original[before, tokens][:, None] - changed[:, before, tokens].T
+    """How much the log-probability of each answer token (row) falls when a text token (column) is replaced."""
+    scorer = AnswerScorer(adapter, question.prompt, question.answer)
+    changed = scorer.without_tokens(scene.image, positions, torch.eye(len(positions), dtype=torch.bool))
+    return scorer.log_probability([scene.image])[0][:, None] - changed.T
 
 
 def main(
@@ -79,8 +72,9 @@ def main(
                 "text activation x RBO at the prediction": token.text_activation * prediction.relevance,
                 "how recent the token is": torch.arange(len(ids)).float().expand(len(ids), -1),
             }
-            for t in range(len(ids) - len(reading.probabilities), len(ids)):
-                drop = drops[t, :t]
+            first_answered = len(ids) - len(reading.probabilities)
+            for t in range(first_answered, len(ids)):
+                drop = drops[t - first_answered, :t]
                 if adapter.tokenizer.decode([int(ids[t])]) in CONTENT and float(drop.max()) > NEEDED:
                     for name, values in measures.items():
                         first = float(values[t, :t].argmax() == drop.argmax())
