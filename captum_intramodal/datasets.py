@@ -177,7 +177,7 @@ class SceneDataset:
     Examples::
 
         >>> SceneDataset(count=10, task="absent")[0].answer
-        'no, there is no rocket.'
+        'no, there is no book.'
     """
 
     def __init__(
@@ -239,7 +239,8 @@ class SceneDataset:
     def __getitem__(self, index: int) -> Sample:
         seed = self._seeds[index]
         scene = self._scene(seed)
-        question = self._question(scene, np.random.default_rng(seed), self._classes)
+        # Its own stream: the scene's would tie the question to the number of objects.
+        question = self._question(scene, np.random.default_rng((seed, 1)), self._classes)
         # The union of no masks is empty.
         categories = {name: scene.mask_of(name) for name in self._classes}
         return Sample(str(seed), scene.image, question.prompt, question.answer, categories, (scene.description,))
