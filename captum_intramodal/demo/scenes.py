@@ -41,7 +41,11 @@ DESCRIBE_PROMPTS: tuple[str, ...] = (
 
 
 class Question(NamedTuple):
-    """A prompt about a scene, its right answer, and the kind of task (``describe``, ``relation``, ``exists``)."""
+    """A prompt about a scene, its answer, and the kind of task.
+
+    ``describe``, ``relation``, ``exists`` and ``absent`` come with their right answer; the answer of a
+    ``hallucination`` names one object that is not there.
+    """
 
     prompt: str
     answer: str
@@ -91,9 +95,7 @@ class Scene:
 
     @property
     def description(self) -> str:
-        phrases = [item.phrase for item in self.objects]
-        listing = phrases[0] if len(phrases) == 1 else f"{', '.join(phrases[:-1])} and {phrases[-1]}"
-        return f"the picture shows {listing}."
+        return _description([item.phrase for item in self.objects])
 
     def neighbour(self, index: int, direction: str) -> int | None:
         """Index of the object that lies in a direction from another one, None where nothing does.
@@ -128,7 +130,10 @@ class Scene:
         """A question *what is left / right / above / below of the X?* with an unambiguous answer, or None."""
         found: list[Question] = []
         nothing: list[Question] = []
+        names = [item.name for item in self.objects]
         for index, item in enumerate(self.objects):
+            if names.count(item.name) > 1:
+                continue
             for direction in DIRECTIONS:
                 try:
                     neighbour = self.neighbour(index, direction)
@@ -149,9 +154,25 @@ class Scene:
         if rng.random() < 0.5:
             item = self.objects[rng.integers(len(self.objects))]
             return Question(f"is there {_article(item.name)} {item.name}?", f"yes, there is {item.phrase}.", "exists")
+        return self.absent_question(rng, classes)._replace(task="exists")
+
+    def absent_question(self, rng: np.random.Generator, classes: tuple[str, ...] = CLASSES) -> Question:
+        """A question *is there a X?* for a class that the scene does not show."""
+        name = self._absent_class(rng, classes)
+        return Question(f"is there {_article(name)} {name}?", f"no, there is no {name}.", "absent")
+
+    def hallucination(self, rng: np.random.Generator, classes: tuple[str, ...] = CLASSES) -> Question:
+        """A request for a description with a wrong answer: it names one object more than the scene shows."""
+        prompt = str(rng.choice(DESCRIBE_PROMPTS))
+        phrases = [item.phrase for item in self.objects]
+        name = self._absent_class(rng, classes)
+        colour = str(rng.choice(list(COLOURS))) if name in PAINTED else None
+        phrases.insert(int(rng.integers(len(phrases) + 1)), SceneObject(name, colour, (0, 0, 0, 0)).phrase)
+        return Question(prompt, _description(phrases), "hallucination")
+
+    def _absent_class(self, rng: np.random.Generator, classes: tuple[str, ...]) -> str:
         absent = sorted(set(classes) - {item.name for item in self.objects})
-        name = absent[rng.integers(len(absent))]
-        return Question(f"is there {_article(name)} {name}?", f"no, there is no {name}.", "exists")
+        return absent[rng.integers(len(absent))]
 
 
 def compose(
@@ -160,19 +181,33 @@ def compose(
     n_objects: int | tuple[int, int] = (2, 4),
     classes: tuple[str, ...] = CLASSES,
     sprites: Path = SPRITES,
+    *,
+    same_class: int = 1,
+    overlap: float = 0.0,
+    scale: float = 1.0,
 ) -> Scene:
-    r"""Composes a picture of distinct objects on a smooth random background.
+    r"""Composes a picture of objects on a smooth random background.
 
     Args:
         seed (int): everything random follows from it.
         size (tuple[int, int]): width and height of the picture in pixels.
         n_objects (int or tuple[int, int]): number of objects, or its inclusive range. Where the picture has no room
             for so many, it gets fewer.
-        classes (tuple[str, ...]): names to choose from; each appears at most once.
+        classes (tuple[str, ...]): names to choose from; each appears at most once, but for ``same_class``.
         sprites (Path): folder with ``<name>.webp``, RGBA.
+        same_class (int): how many of the objects are of one and the same class.
+            Default: 1
+        overlap (float): 0: objects keep apart; up to 0.6: every object covers part of another one or is partly
+            covered, the more the larger the value, and none is hidden.
+            Default: 0
+        scale (float): factor on the objects' diameters, above 0 and at most 1.
+            Default: 1
 
     Returns:
         Scene: the same for the same arguments.
+
+    Raises:
+        ValueError: ``same_class``, ``overlap`` or ``scale`` out of range.
 
     Examples::
 
@@ -180,24 +215,31 @@ def compose(
         >>> scene.masks.shape
         (3, 192, 256)
     """
+    if same_class < 1 or not 0 <= overlap <= 0.6 or not 0 < scale <= 1:
+        raise ValueError(
+            f"same_class={same_class}, overlap={overlap}, scale={scale}: same_class has to be 1 or more, overlap "
+            "between 0 and 0.6, scale above 0 and at most 1"
+        )
     rng = np.random.default_rng(seed)
     low, high = (n_objects, n_objects) if isinstance(n_objects, int) else n_objects
     count = int(rng.integers(low, high + 1))
     names = [classes[i] for i in rng.choice(len(classes), size=count, replace=False)]
+    names[:same_class] = names[:1] * len(names[:same_class])
     width, height = size
     placed: list[tuple[str, float, float, float]] = []
     # A share of the picture that leaves room for all: one object fills up to 85 % of the short side, five up to 38 %.
-    largest = min(width, height) * min(0.85, 0.85 / count**0.5)
+    largest = min(width, height) * min(0.85, 0.85 / count**0.5) * scale
     for name in names:
-        for _ in range(30):
+        for _ in range(1000 if overlap else 30):
             diameter = rng.uniform(0.6, 1.0) * largest
             x = rng.uniform(diameter / 2, width - diameter / 2)
             y = rng.uniform(diameter / 2, height - diameter / 2)
-            apart = all(
-                np.hypot(x - px, y - py) > 0.45 * (diameter + other) and abs(x - px) > 0.06 * width
-                for _, px, py, other in placed
+            # 1 where the two just touch, as round objects would.
+            distances = [np.hypot(x - px, y - py) / (0.45 * (diameter + other)) for _, px, py, other in placed]
+            apart = all(distance > 1 - overlap for distance in distances) and all(
+                abs(x - px) > 0.06 * width * (1 - overlap) * scale for _, px, _, _ in placed
             )
-            if apart:
+            if apart and (not overlap or not placed or min(distances) < 1 - overlap / 2):
                 placed.append((name, x, y, diameter))
                 break
     canvas = _background(rng, size)
@@ -223,6 +265,11 @@ def compose(
         objects.append(SceneObject(name, colour, (left, top, left + side, top + side)))
     order = sorted(range(len(objects)), key=lambda i: objects[i].center[0])
     return Scene(canvas, tuple(objects[i] for i in order), np.stack([masks[i] for i in order]), seed)
+
+
+def _description(phrases: list[str]) -> str:
+    listing = phrases[0] if len(phrases) == 1 else f"{', '.join(phrases[:-1])} and {phrases[-1]}"
+    return f"the picture shows {listing}."
 
 
 def _article(words: str) -> str:
