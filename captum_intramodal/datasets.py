@@ -353,12 +353,6 @@ class CocoDataset:
         return np.asarray(self._coco.decode(runs), dtype=bool)
 
 
-# The published evaluation asks these, and its figures hold for them.
-_TAM_PROMPTS = {
-    "coco": "Write a one-sentence caption for this image:",
-    "GranDf": "Write a description for this image using around two sentences:",
-    "OpenPSG": "Write a description for this image using around three sentences:",
-}
 # The release's names where they differ from COCO's.
 _TAM_NAMES = {"sports ball": "ball", "wine glass": "glass"}
 
@@ -378,12 +372,12 @@ class TAMDataset:
     Args:
 
         folder (str or Path): The folder.
-        prompt (str, optional): What the model is asked about each image.
-            Default: the published evaluation's, by ``coco``, ``GranDf`` or ``OpenPSG`` in the folder's name
+        prompt (str, optional): What the model is asked about each image. Published figures depend on it; it is written
+                    in the release's evaluation code.
+                    Default: ``'describe the picture.'``
 
     Raises:
-        ValueError: broken annotations, with file and record, or no default for the prompt. Masks are looked at when a
-            sample is read.
+        ValueError: broken annotations, with file and record. Masks are looked at when a sample is read.
 
     Examples::
 
@@ -392,12 +386,8 @@ class TAMDataset:
     .. _Token Activation Map to Visually Explain Multimodal LLMs: https://arxiv.org/abs/2506.23270
     """
 
-    def __init__(self, folder: str | Path, prompt: str | None = None) -> None:
-        self._folder = Path(folder)
-        prompts = [text for name, text in _TAM_PROMPTS.items() if name.lower() in self._folder.resolve().name.lower()]
-        if prompt is None and len(prompts) != 1:
-            raise ValueError(f"the folder's name {folder} has not one of {', '.join(_TAM_PROMPTS)}: give the prompt")
-        self._prompt = prompts[0] if prompt is None else prompt
+    def __init__(self, folder: str | Path, prompt: str = "describe the picture.") -> None:
+        self._folder, self._prompt = Path(folder), prompt
         self.settings: dict[str, Any] = {"name": "tam", "folder": str(folder), "prompt": self._prompt, "sha256": []}
         # File and record that an error names, id, image, label picture, categories by name, captions.
         self._samples = list(self._anno() if (self._folder / "anno.json").is_file() else self._coco())
