@@ -517,39 +517,37 @@ def eager_attention(model: PreTrainedModel) -> Iterator[None]:
         model.set_attn_implementation("eager")
         yield
     finally:
-        # Outer parts first: each sets those inside it too.
+        # Outer parts first, as each sets those inside it; of their configs, as some parts refuse what they had.
         for part, implementation in zip(parts, before, strict=True):
-            part.set_attn_implementation(implementation)
+            part.config._attn_implementation = implementation
 
 
 @dataclass(kw_only=True)
 class _AttentionMaps(_Explainer):
     """Attention of the position that predicts a token."""
 
+    # Whether what passes from position to position otherwise, as by linear attention, would be missed.
+    needs_all_layers: ClassVar[bool] = True
+
     def explain(
         self, adapter: ModelAdapter, pictures: list[Image.Image], prompt: Prompt, answer_ids: list[int]
     ) -> list[Tensor]:
         sizes = [picture.size for picture in pictures]
-        family = type(adapter.model).__name__
-        if adapter.is_encoder_decoder or adapter.geometry(sizes).argument is not None:
-            raise ValueError(
-                f"{self.name} follows a decoder's attention to visual tokens in its own sequence; {family} has none."
-            )
+        _check_sequence(self, adapter, sizes)
         encoding = adapter.encode(adapter.prepare(pictures, prompt), answer_ids)
-        length = len(encoding.input_ids)
+        length, layers = len(encoding.input_ids), len(decoder_layers(adapter.model))
         with eager_attention(adapter.model):
             output = self.run(adapter, encoding)
-        attentions = output.attentions or ()
-        layers = len(decoder_layers(adapter.model))
-        if len(attentions) != layers or any(
-            a is None or a.ndim != 4 or a.shape[-2:] != (length, length) for a in attentions
-        ):
-            shapes = sorted({str(None if a is None else tuple(a.shape)) for a in attentions})
+        attentions = [a for a in getattr(output, "attentions", None) or () if a is not None]
+        shapes = sorted({tuple(a.shape) for a in attentions})
+        enough = len(attentions) == layers if self.needs_all_layers else attentions
+        if not enough or any(len(shape) != 4 or shape[2:] != (length, length) for shape in shapes):
             raise ValueError(
-                f"{family} gave attention of {len(attentions)} layers of shape {', '.join(shapes) or 'none'}, where "
-                f"{self.name} needs {layers} of (1, heads, {length}, {length}); not all its layers are self-attention."
+                f"{type(adapter.model).__name__} gave self-attention of {len(attentions)} of its {layers} layers, of "
+                f"shape {', '.join(map(str, shapes)) or 'none'}; {self.name} needs (1, heads, {length}, {length}) of "
+                f"{'all layers' if self.needs_all_layers else 'at least one'}."
             )
-        values = self.rows(adapter, encoding, output, [a[0].detach() for a in attentions])
+        values = self.rows(encoding, output.logits[0], attentions)
         return draw_positions(values, adapter, encoding.input_ids, sizes)
 
     def run(self, adapter: ModelAdapter, encoding: Encoding) -> Any:
@@ -557,8 +555,8 @@ class _AttentionMaps(_Explainer):
             return adapter.run(encoding.inputs | {"output_attentions": True})
 
     @abstractmethod
-    def rows(self, adapter: ModelAdapter, encoding: Encoding, output: Any, attentions: list[Tensor]) -> Tensor:
-        """(T, positions) of the answer's T tokens, from each layer's (heads, positions, positions)."""
+    def rows(self, encoding: Encoding, logits: Tensor, attentions: list[Tensor]) -> Tensor:
+        """(T, positions) of the answer's T tokens, from logits and each layer's (1, heads, positions, positions)."""
 
 
 @dataclass(kw_only=True)
@@ -568,17 +566,18 @@ class AttentionMaps(_AttentionMaps):
 
     Args:
 
-        layer (int, optional): Which.
+        layer (int, optional): Which of those that have attention weights.
                     Default: -1
     """
 
     name: ClassVar[str] = "attention"
+    needs_all_layers: ClassVar[bool] = False
 
     layer: int = -1
 
-    def rows(self, adapter: ModelAdapter, encoding: Encoding, output: Any, attentions: list[Tensor]) -> Tensor:
+    def rows(self, encoding: Encoding, logits: Tensor, attentions: list[Tensor]) -> Tensor:
         _check_layer(self.layer, len(attentions))
-        return attentions[self.layer].float().mean(0)[_predicting(encoding)]
+        return attentions[self.layer][0].float().mean(0)[_predicting(encoding)]
 
 
 @dataclass(kw_only=True)
@@ -601,10 +600,10 @@ class AttentionRollout(_AttentionMaps):
         if not 0 <= self.residual <= 1:
             raise ValueError(f"residual must be from 0 to 1, got {self.residual}.")
 
-    def rows(self, adapter: ModelAdapter, encoding: Encoding, output: Any, attentions: list[Tensor]) -> Tensor:
+    def rows(self, encoding: Encoding, logits: Tensor, attentions: list[Tensor]) -> Tensor:
         rows = _one_hot(encoding, attentions[0].device)
         for attention in reversed(attentions):
-            mixed = (1 - self.residual) * (rows @ attention.float().mean(0).to(rows)) + self.residual * rows
+            mixed = (1 - self.residual) * (rows @ attention[0].float().mean(0).to(rows)) + self.residual * rows
             rows = mixed / mixed.sum(1, keepdim=True)
         return rows
 
@@ -631,17 +630,24 @@ class AttentionXGradient(_AttentionMaps):
         finally:
             handle.remove()
 
-    def rows(self, adapter: ModelAdapter, encoding: Encoding, output: Any, attentions: list[Tensor]) -> Tensor:
-        logits = encoding.rows(output.logits[0])[_predicting(encoding)]
+    def rows(self, encoding: Encoding, logits: Tensor, attentions: list[Tensor]) -> Tensor:
+        logits = encoding.rows(logits)[_predicting(encoding)]
         scores = logits.gather(1, torch.tensor(encoding.answer_ids, device=logits.device)[:, None])[:, 0]
         result = []
         for score, row in zip(scores, _one_hot(encoding, attentions[0].device), strict=True):
-            gradients = torch.autograd.grad(score, output.attentions, retain_graph=True)
+            gradients = torch.autograd.grad(score, attentions, retain_graph=True)
             for attention, gradient in zip(reversed(attentions), reversed(gradients), strict=True):
-                relevant = (attention * gradient[0]).clamp_min(0).float().mean(0)
+                relevant = (attention.detach() * gradient)[0].clamp_min(0).float().mean(0)
                 row = row + row @ relevant.to(row)
             result.append(row)
         return torch.stack(result)
+
+
+def _check_sequence(explainer: Explainer, adapter: ModelAdapter, sizes: Sequence[tuple[int, int]]) -> None:
+    if adapter.is_encoder_decoder or adapter.geometry(sizes).argument is not None:
+        raise ValueError(
+            f"{explainer.name} needs visual tokens in its decoder's sequence; {type(adapter.model).__name__} has none."
+        )
 
 
 def _predicting(encoding: Encoding) -> slice:
@@ -665,11 +671,11 @@ def _check_layer(layer: int, count: int) -> None:
 class GradCAM(_Explainer):
     r"""
     Grad-CAM on visual tokens: Captum's ``LayerGradCam`` of each token's log-probability at the output of a decoder
-    layer.
+    layer, clipped at 0.
 
     Args:
 
-        layer (int, optional): Which; the last one's visual tokens have no gradient.
+        layer (int, optional): Which; no token is predicted from the last one's visual tokens: their gradient is 0.
                     Default: -2
     """
 
@@ -681,6 +687,7 @@ class GradCAM(_Explainer):
         self, adapter: ModelAdapter, pictures: list[Image.Image], prompt: Prompt, answer_ids: list[int]
     ) -> list[Tensor]:
         picture = _tensor(_single(self, pictures))
+        _check_sequence(self, adapter, [pictures[0].size])
         layers = decoder_layers(adapter.model)
         _check_layer(self.layer, len(layers))
         forward = PixelForward(adapter, prompt, answer_ids, "token_log_probs")

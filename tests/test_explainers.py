@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from captum.attr import IntegratedGradients, LayerGradCam, Occlusion
+from families import build
 from PIL import Image
 from tiny import picture, tiny
 from torch import Tensor
@@ -180,6 +181,22 @@ def test_attention_implementations_are_given_back() -> None:
     assert tower.config._attn_implementation == "eager"
 
 
+def test_layers_without_attention_weights() -> None:
+    hybrid = ModelAdapter(*build("qwen3_5")[:2])
+    (maps,) = make_explainer("attention")(hybrid, [picture(112, 84)], PROMPT, answer(hybrid))
+    assert float(maps.max()) > 0
+    with pytest.raises(ValueError, match="of 1 of its 2 layers"):
+        make_explainer("attention_rollout")(hybrid, [picture(112, 84)], PROMPT, answer(hybrid))
+
+
+def test_a_part_that_refuses_the_implementation_it_had() -> None:
+    adapter = ModelAdapter(*build("fast_vlm")[:2])
+    before = [part.config._attn_implementation for part in adapter.model.modules() if hasattr(part, "config")]
+    (maps,) = make_explainer("attention")(adapter, [picture(112, 84)], PROMPT, answer(adapter))
+    after = [part.config._attn_implementation for part in adapter.model.modules() if hasattr(part, "config")]
+    assert float(maps.max()) > 0 and after == before and "sdpa" in after
+
+
 def test_grad_cam_is_captums() -> None:
     adapter, shown, ids = model("qwen2_vl"), picture(112, 84), answer(model("qwen2_vl"))
     forward = PixelForward(adapter, PROMPT, ids, "log_probs")
@@ -333,5 +350,9 @@ def test_errors_of_models_and_answers() -> None:
         make_explainer("attention:layer=7")(adapter, shown, PROMPT, ids)
     with pytest.raises(ValueError, match="The last 1 of 4 answer_ids"):
         make_explainer("random")(adapter, shown, PROMPT, [*ids, adapter.tokenizer.eos_token_id])
+    for name in ("attention", "grad_cam"):
+        encoder_decoder = ModelAdapter(*build("pix2struct")[:2])
+        with pytest.raises(ValueError, match="its decoder's sequence"):
+            make_explainer(name)(encoder_decoder, shown, PROMPT, answer(encoder_decoder))
     with pytest.raises(ValueError, match="one raster"):
         make_explainer("tam")(model("smolvlm"), [picture(200, 136)], PROMPT, answer(model("smolvlm")))
