@@ -115,7 +115,9 @@ class _Explainer(ABC):
             )
         with torch.enable_grad(), evaluation_mode(adapter.model, gradients=True):
             # Those that are in RGB already stay the same objects, by which shared readings know them.
-            shown = [picture if picture.mode == "RGB" else check_images(picture)[0] for picture in pictures]
+            shown = [
+                picture if getattr(picture, "mode", "") == "RGB" else check_images(picture)[0] for picture in pictures
+            ]
             maps = self.explain(adapter, shown, prompt, ids)
         return [m.detach().float().clamp_min(0).cpu() for m in maps]
 
@@ -293,9 +295,7 @@ class _RankingOptions:
     strength: float = 1.0
 
     def __post_init__(self) -> None:
-        check_arc_options(
-            self.k, self.p, self.normalization, self.weighting, self.ranking_position, self.strength
-        )  # fmt: skip
+        check_arc_options(self.k, self.p, self.normalization, self.weighting, self.ranking_position, self.strength)
         self.layers = tuple(self.layers)
 
     def suppress(self, adapter: ModelAdapter, maps: Sequence[Tensor], reading: Reading) -> list[Tensor]:
@@ -851,7 +851,7 @@ class OcclusionMaps(_PixelMaps):
 
 
 def _each_target(method: Attribution, forward: PixelForward, picture: Image.Image, **options: Any) -> Tensor:
-    pixels = _tensor(picture)
+    pixels = _tensor(picture).requires_grad_()  # Else Captum warns that it asks for that.
     return torch.cat([method.attribute(pixels, target=target, **options).detach() for target in forward.targets])
 
 

@@ -104,12 +104,12 @@ def test_a_shared_reading_changes_nothing_and_saves_passes(monkeypatch: pytest.M
     explainers = [make_explainer(spec) for spec in specs]
     alone = [e(adapter, [shown], PROMPT, ids)[0] for e in explainers]
     calls = []
+    read_answer = module.read_answer
 
     def counted(*args: Any, **options: Any) -> Any:
         calls.append(args[4])
-        return module.__dict__["_read_answer"](*args, **options)
+        return read_answer(*args, **options)
 
-    monkeypatch.setattr(module, "_read_answer", module.read_answer, raising=False)
     monkeypatch.setattr(module, "read_answer", counted)
     with shared_readings(explainers):
         together = [e(adapter, [shown], PROMPT, ids)[0] for e in explainers]
