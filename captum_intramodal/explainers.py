@@ -1,0 +1,1181 @@
+r"""The explainers that an evaluation compares: each a name and options that define it, each the same call.
+
+An explainer turns an answer into one map per token over the original pictures. :data:`EXPLAINERS` lists them,
+:func:`make_explainer` makes one from text: ``'logit_lens:layer=-2'``, ``'msea+arc:scales=[1,2],k=20'``,
+``'arc+grad_cam'``.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import zlib
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, ClassVar, Literal, Protocol, get_args
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from captum.attr import Attribution, InputXGradient, IntegratedGradients, LayerGradCam, NoiseTunnel, Occlusion
+from PIL import Image
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from captum_intramodal.adapter import Encoding, ModelAdapter, Prompt, check_images
+from captum_intramodal.arc import ARC, RankingPosition, Weighting, check_arc_options
+from captum_intramodal.canvas import draw_on_canvas
+from captum_intramodal.decoder import decoder_layers
+from captum_intramodal.explain import suppress_together
+from captum_intramodal.hooks import evaluation_mode
+from captum_intramodal.levels import Method, TokenLevel, find_sights, resize_pictures
+from captum_intramodal.metrics.faithfulness import PictureRemoval
+from captum_intramodal.msea import Aggregation, aggregate, check_scales, normalized_weights
+from captum_intramodal.pixels import PixelForward
+from captum_intramodal.rankings import Normalization
+from captum_intramodal.reading import Reading, read_answer
+from captum_intramodal.scoring import AnswerScorer
+from captum_intramodal.tam import token_activation_map
+from captum_intramodal.visual_tokens import VisualTokenAttribution, draw_positions
+
+__all__ = [
+    "EXPLAINERS",
+    "Explainer",
+    "eager_attention",
+    "greedy_inclusion",
+    "make_explainer",
+    "shared_readings",
+]
+
+Scales = Sequence[float] | Literal["auto"]
+Baseline = Literal["black", "mean", "blur"]
+Imputation = Literal["blur", "mean", "noisy_linear"]
+
+
+class Explainer(Protocol):
+    r"""
+    What an evaluation compares.
+
+    Attributes:
+        name (str): what it is called in tables.
+        settings (dict): everything that defines it, JSON-able.
+    """
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def settings(self) -> dict[str, Any]: ...
+
+    def __call__(
+        self, adapter: ModelAdapter, pictures: Sequence[Image.Image], prompt: Prompt, answer_ids: Sequence[int]
+    ) -> list[Tensor]:
+        r"""
+        Args:
+
+            adapter (ModelAdapter): The model and its processor.
+            pictures (Sequence[PIL.Image.Image]): The prompt's pictures.
+            prompt (str or Sequence[Mapping]): The question.
+            answer_ids (Sequence[int]): The answer's T tokens, without those that end it.
+
+        Returns:
+            *list[Tensor]*: per picture float32 (T, rows, columns) on the CPU, finite and not negative. Rows and columns
+            divide the whole picture evenly; how many they are is up to the explainer.
+
+        Raises:
+            ValueError: what this explainer cannot do, such as a model without the parts that it reads.
+        """
+
+
+@dataclass(kw_only=True)
+class _Explainer(ABC):
+    """What all explainers share: checks, borrowed state, and settings from their fields."""
+
+    name: ClassVar[str]
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The name and all options, JSON-able."""
+        options = {f.name: getattr(self, f.name) for f in fields(self)}
+        plain = {key: value.settings if isinstance(value, _Explainer) else value for key, value in options.items()}
+        settings: dict[str, Any] = json.loads(json.dumps({"name": self.name} | plain))
+        return settings
+
+    def __call__(
+        self, adapter: ModelAdapter, pictures: Sequence[Image.Image], prompt: Prompt, answer_ids: Sequence[int]
+    ) -> list[Tensor]:
+        """See :meth:`Explainer.__call__`."""
+        ids = adapter.tokenize_answer(answer_ids)
+        if len(ids) != len(answer_ids):
+            raise ValueError(
+                f"The last {len(answer_ids) - len(ids)} of {len(answer_ids)} answer_ids end the answer; leave them out."
+            )
+        with torch.enable_grad(), evaluation_mode(adapter.model, gradients=True):
+            # Those that are in RGB already stay the same objects, by which shared readings know them.
+            shown = [
+                picture if getattr(picture, "mode", "") == "RGB" else check_images(picture)[0] for picture in pictures
+            ]
+            maps = self.explain(adapter, shown, prompt, ids)
+        return [m.detach().float().clamp_min(0).cpu() for m in maps]
+
+    @abstractmethod
+    def explain(
+        self, adapter: ModelAdapter, pictures: list[Image.Image], prompt: Prompt, answer_ids: list[int]
+    ) -> list[Tensor]:
+        """The maps of checked input, in evaluation mode; negative values are clipped afterwards."""
+
+
+# --- One reading of the model for several explainers -----------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Wish:
+    """What an explainer wants to be read."""
+
+    scales: tuple[float, ...] | Literal["auto"] = (1.0,)
+    ranking_layers: tuple[int, ...] = (-1,)
+    layer: int | None = None
+    method: Method = "logit_lens"
+    crops: bool = False
+    interpolate_pos_encoding: bool = False
+
+    @property
+    def kind(self) -> tuple[Any, ...]:
+        return self.layer, self.method, self.crops, self.interpolate_pos_encoding
+
+    @property
+    def divisible(self) -> bool:
+        """Whether each scale is seen the same whatever others are, as long as none is left out."""
+        return self.scales != "auto" and not self.crops and not self.interpolate_pos_encoding
+
+    def together(self, other: _Wish) -> _Wish:
+        """What serves both; scales that cannot be added stay this one's own."""
+        layers = tuple(sorted({*self.ranking_layers, *other.ranking_layers}))
+        scales = self.scales
+        if self.divisible and other.divisible:
+            scales = tuple(sorted({*map(float, self.scales), *map(float, other.scales)}))
+        return replace(self, scales=scales, ranking_layers=layers)
+
+    def part_of(self, known: _Wish, reading: Reading) -> Reading | None:
+        """What would have been read, from a reading of more; None if that does not tell."""
+        if self.kind != known.kind or not set(self.ranking_layers) <= set(known.ranking_layers):
+            return None
+        if self.scales == known.scales:
+            return reading
+        if not self.divisible or not known.divisible or reading.dropped or not set(self.scales) <= set(known.scales):
+            return None
+        return replace(reading, levels=[level for level in reading.levels if level.scale in self.scales])
+
+    def read(self, example: _Example) -> Reading:
+        adapter, pictures, prompt, answer_ids = example
+        return read_answer(
+            adapter,
+            list(pictures),
+            prompt,
+            answer_ids,
+            self.scales,
+            layer=self.layer,
+            ranking_layers=self.ranking_layers,
+            method=self.method,
+            crops=self.crops,
+            interpolate_pos_encoding=self.interpolate_pos_encoding,
+        )
+
+
+_Example = tuple[ModelAdapter, Sequence[Image.Image], Prompt, list[int]]
+
+
+@dataclass
+class _Shared:
+    """Readings of the last example."""
+
+    wishes: list[_Wish]
+    example: _Example | None = None
+    readings: list[tuple[_Wish, Reading]] = field(default_factory=list)
+
+    def read(self, example: _Example, wish: _Wish) -> Reading:
+        if self.example is None or not _same(example, self.example):
+            self.example, self.readings = example, []
+        more = wish
+        for other in self.wishes:
+            more = more.together(other) if other.kind == wish.kind else more
+        for wanted in (None, more, wish):
+            if wanted is not None and all(known != wanted for known, _ in self.readings):
+                self.readings.append((wanted, wanted.read(example)))
+            for known, reading in self.readings:
+                if (part := wish.part_of(known, reading)) is not None:
+                    return part
+        raise RuntimeError(f"The model was read as {wish} asks, and still that is missing.")
+
+
+_SHARED: ContextVar[_Shared | None] = ContextVar("shared_readings", default=None)
+
+
+@contextmanager
+def shared_readings(explainers: Iterable[Explainer] = ()) -> Iterator[None]:
+    r"""
+    Explainers that read the model with a logit lens share their passes: within the ``with`` statement an example is
+    read once for all of them, as long as one after another is asked about it. Results are the same as without.
+
+    The last example (same adapter, same picture objects, prompt and answer) is kept. Neither the model's weights nor
+    the pictures may change meanwhile.
+
+    Args:
+
+        explainers (Iterable[Explainer], optional): Those that will be asked: the first one's passes then serve all,
+                    with all their scales and ranking layers.
+                    Default: none
+
+    Examples::
+
+        >>> with shared_readings(explainers):
+        ...     for pictures, prompt, answer_ids in examples:
+        ...         maps = [explainer(adapter, pictures, prompt, answer_ids) for explainer in explainers]
+    """
+    token = _SHARED.set(_Shared([e.wish for e in explainers if isinstance(e, LogitLensMaps | TAM | ARCAround)]))
+    try:
+        yield
+    finally:
+        _SHARED.reset(token)
+
+
+def _same(one: _Example, other: _Example) -> bool:
+    return (
+        one[0] is other[0]
+        and len(one[1]) == len(other[1])
+        and all(a is b for a, b in zip(one[1], other[1], strict=True))
+        and one[2:] == other[2:]
+    )
+
+
+def _read(example: _Example, wish: _Wish) -> Reading:
+    shared = _SHARED.get()
+    return wish.read(example) if shared is None else shared.read(example, wish)
+
+
+# --- Logit lens, MSEA, ARC, TAM --------------------------------------------------------------------------------------
+
+
+@dataclass(kw_only=True)
+class _ScaleOptions:
+    """Options of MSEA, as in :func:`captum_intramodal.explain`."""
+
+    scales: Scales = "auto"
+    scale_weights: Sequence[float] | None = None
+    aggregation: Aggregation = "mean"
+
+    def __post_init__(self) -> None:
+        if self.scales != "auto":
+            self.scales = check_scales(self.scales)
+            normalized_weights(self.scales, self.scale_weights)
+        elif self.scale_weights is not None:
+            raise ValueError(f"scale_weights need the scales that they belong to; scales is {self.scales!r}.")
+
+    def weights_of(self, kept: Sequence[float]) -> Tensor:
+        if self.scale_weights is None or len(kept) < 2:
+            return normalized_weights(kept, None)
+        weight_of = dict(zip(self.scales, self.scale_weights, strict=True))
+        return normalized_weights(kept, [weight_of[scale] for scale in kept])
+
+
+@dataclass(kw_only=True)
+class _RankingOptions:
+    """Options of ARC, as in :class:`captum_intramodal.ActivationRankingCorrelation`."""
+
+    layers: Sequence[int] = (-1,)
+    k: int = 50
+    p: float = 0.9
+    normalization: Normalization = "truncated"
+    weighting: Weighting = "irrelevance"
+    ranking_position: RankingPosition = "token"
+    least_squares: bool = True
+    strength: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_arc_options(self.k, self.p, self.normalization, self.weighting, self.ranking_position, self.strength)
+        self.layers = tuple(self.layers)
+
+    def suppress(self, adapter: ModelAdapter, maps: Sequence[Tensor], reading: Reading) -> list[Tensor]:
+        """Of maps of all text tokens, or of the last ones, which are then each other's only context."""
+        arc = ARC(model=adapter.lens, **{f.name: getattr(self, f.name) for f in fields(_RankingOptions)})
+        states = [reading.ranking_states[layer] for layer in arc.layers]
+        context = arc.compare(states, reading.last, reading.text.ids)
+        last = (slice(-len(maps[0]), None),) * 2
+        explained = replace(
+            context,
+            relevance=context.relevance[last],
+            text_activation=context.text_activation[last],
+            context=context.context[last],
+        )
+        return suppress_together(arc, maps, explained)
+
+
+@dataclass(kw_only=True)
+class LogitLensMaps(_Explainer):
+    r"""
+    Logit lens at the visual tokens, clipped at 0.
+
+    Args:
+
+        layer (int, optional): Decoder layer whose output is read.
+                    Default: None, the last
+        method (str, optional): As in :func:`captum_intramodal.explain`, for models that the lens cannot read.
+                    Default: ``'logit_lens'``
+        crops, interpolate_pos_encoding (bool, optional): As there, for scales of models of a fixed input size.
+                    Default: False
+    """
+
+    name: ClassVar[str] = "logit_lens"
+
+    layer: int | None = None
+    method: Method = "logit_lens"
+    crops: bool = False
+    interpolate_pos_encoding: bool = False
+
+    @property
+    def wish(self) -> _Wish:
+        return _Wish(
+            getattr(self, "scales", (1.0,)),
+            tuple(getattr(self, "layers", (-1,))),
+            self.layer,
+            self.method,
+            self.crops,
+            self.interpolate_pos_encoding,
+        )
+
+    def explain(
+        self, adapter: ModelAdapter, pictures: list[Image.Image], prompt: Prompt, answer_ids: list[int]
+    ) -> list[Tensor]:
+        reading = _read((adapter, pictures, prompt, answer_ids), self.wish)
+        return [m[-len(answer_ids) :] for m in self.maps(adapter, reading)]
+
+    def maps(self, adapter: ModelAdapter, reading: Reading) -> list[Tensor]:
+        """Of all text tokens."""
+        kept = [level.scale for level in reading.levels]
+        options = self if isinstance(self, _ScaleOptions) else _ScaleOptions()
+        maps = reading.maps(options.weights_of(kept), options.aggregation)
+        return self.suppress(adapter, maps, reading) if isinstance(self, _RankingOptions) else maps
+
+
+@dataclass(kw_only=True)
+class MSEAMaps(_ScaleOptions, LogitLensMaps):
+    """The logit lens at several scales."""
+
+    name: ClassVar[str] = "msea"
+
+
+@dataclass(kw_only=True)
+class ARCMaps(_RankingOptions, LogitLensMaps):
+    """The logit lens without the interference of irrelevant context."""
+
+    name: ClassVar[str] = "arc"
+
+
+@dataclass(kw_only=True)
+class MSEAAndARCMaps(_ScaleOptions, _RankingOptions, LogitLensMaps):
+    """The logit lens at several scales, without the interference of irrelevant context: ``explain()``."""
+
+    name: ClassVar[str] = "msea+arc"
+
+    def __post_init__(self) -> None:
+        _ScaleOptions.__post_init__(self)
+        _RankingOptions.__post_init__(self)
+
+
+@dataclass(kw_only=True)
+class TAM(_Explainer):
+    r"""
+    Token Activation Map from its definition (:mod:`captum_intramodal.tam`), for one picture that is one raster of
+    visual tokens.
+
+    Args:
+
+        filter (bool, optional): The rank Gaussian filter, its second step.
+                    Default: True
+        layer (int, optional): Decoder layer whose output the lens reads.
+                    Default: None, the last
+    """
+
+    name: ClassVar[str] = "tam"
+
+    filter: bool = True
+    layer: int | None = None
+
+    @property
+    def wish(self) -> _Wish:
+        return _Wish(layer=self.layer)
+
+    def explain(
+        self, adapter: ModelAdapter, pictures: list[Image.Image], prompt: Prompt, answer_ids: list[int]
+    ) -> list[Tensor]:
+        picture = _single(self, pictures)
+        reading = _read((adapter, pictures, prompt, answer_ids), self.wish)
+        (level,) = reading.levels
+        if not isinstance(level, TokenLevel):
+            raise ValueError(f"TAM needs a map per visual token, which {type(adapter.model).__name__} does not have.")
+        placed = level.geometry.is_local
+        boxes = level.boxes(0, picture.size)[placed]
+        grid = len(boxes[:, 1].round().unique()), len(boxes[:, 0].round().unique())
+        if grid[0] * grid[1] != len(boxes):
+            raise ValueError(
+                f"TAM needs one raster of visual tokens, but the {len(boxes)} of this picture have {grid[0]} different "
+                f"heights and {grid[1]} different places along them; tiles and thumbnails are none."
+            )
+        context = ARC(model=adapter.lens).compare([reading.last], reading.last, reading.text.ids)
+        ids = reading.text.ids
+        maps = token_activation_map(
+            level.activation[:, placed], context.text_activation, ids[:, None] == ids, grid=grid, filter=self.filter
+        )
+        drawn = draw_on_canvas(maps, boxes, picture.size, (2 * grid[0], 2 * grid[1]))
+        return [drawn[-len(answer_ids) :]]
+
+
+# --- MSEA and ARC around any explainer -------------------------------------------------------------------------------
+
+
+@dataclass(kw_only=True)
+class MSEAAround(_ScaleOptions, _Explainer):
+    r"""
+    MSEA around any explainer: it explains the pictures at each scale that shows the model something of its own; its
+    maps, interpolated to the finest of their grids, are aggregated as they are.
+
+    Args:
+
+        base (Explainer): The explainer.
+        scales, scale_weights, aggregation (optional): See :func:`captum_intramodal.explain`.
+    """
+
+    base: Explainer
+
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        return f"msea+{self.base.name}"
+
+    def explain(
+        self, adapter: ModelAdapter, pictures: list[Image.Image], prompt: Prompt, answer_ids: list[int]
+    ) -> list[Tensor]:
+        with torch.no_grad():
+            sights, _ = find_sights(adapter, pictures, self.scales, adapter.prepare(pictures, prompt))
+        seen = []
+        for scale in sights:
+            sizes = [(max(1, round(p.width * scale)), max(1, round(p.height * scale))) for p in pictures]
+            shown = resize_pictures(pictures, sizes)
+            seen.append(self.base(adapter, shown, prompt, answer_ids))
+        weights = self.weights_of(list(sights))
+        result = []
+        for maps in zip(*seen, strict=True):
+            grid = max((m.shape[1:] for m in maps), key=torch.Size.numel)
+            drawn = [F.interpolate(m[None], grid, mode="bilinear", align_corners=False)[0] for m in maps]
+            result.append(aggregate(drawn, weights, self.aggregation))
+        return result
+
+
+@dataclass(kw_only=True)
+class ARCAround(_RankingOptions, _Explainer):
+    r"""
+    ARC around any explainer. An explainer has maps of the answer's tokens only: those are the context.
+
+    Args:
+
+        base (Explainer): The explainer.
+        layers, k, p, normalization, weighting, ranking_position, least_squares, strength (optional): See
+            :class:`captum_intramodal.ActivationRankingCorrelation`.
+    """
+
+    base: Explainer
+
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        if isinstance(self.base, MSEAAround):  # As the lens inside both is called.
+            return f"msea+arc+{self.base.base.name}"
+        return f"arc+{self.base.name}"
+
+    @property
+    def wish(self) -> _Wish:
+        return _Wish(ranking_layers=tuple(self.layers), method="auto")
+
+    def explain(
+        self, adapter: ModelAdapter, pictures: list[Image.Image], prompt: Prompt, answer_ids: list[int]
+    ) -> list[Tensor]:
+        maps = self.base(adapter, pictures, prompt, answer_ids)
+        return self.suppress(adapter, maps, _read((adapter, pictures, prompt, answer_ids), self.wish))
+
+
+# --- Attention -------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def eager_attention(model: PreTrainedModel) -> Iterator[None]:
+    """The model computes its attention weights, which only transformers' eager implementation returns; each part's own
+    implementation is given back."""
+    parts = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
+    before = [part.config._attn_implementation for part in parts]
+    try:
+        model.set_attn_implementation("eager")
+        yield
+    finally:
+        # Outer parts first, as each sets those inside it; of their configs, as some parts refuse what they had.
+        for part, implementation in zip(parts, before, strict=True):
+            part.config._attn_implementation = implementation
+
+
+@dataclass(kw_only=True)
+class _AttentionMaps(_Explainer):
+    """Attention of the position that predicts a token."""
+
+    # Whether what passes from position to position otherwise, as by linear attention, would be missed.
+    needs_all_layers: ClassVar[bool] = True
+
+    def explain(
+        self, adapter: ModelAdapter, pictures: list[Image.Image], prompt: Prompt, answer_ids: list[int]
+    ) -> list[Tensor]:
+        sizes = [picture.size for picture in pictures]
+        _check_sequence(self, adapter, sizes)
+        encoding = adapter.encode(adapter.prepare(pictures, prompt), answer_ids)
+        length, layers = len(encoding.input_ids), len(decoder_layers(adapter.model))
+        with eager_attention(adapter.model):
+            output = self.run(adapter, encoding)
+        attentions = [a for a in getattr(output, "attentions", None) or () if a is not None]
+        shapes = sorted({tuple(a.shape) for a in attentions})
+        enough = len(attentions) == layers if self.needs_all_layers else attentions
+        if not enough or any(len(shape) != 4 or shape[2:] != (length, length) for shape in shapes):
+            raise ValueError(
+                f"{type(adapter.model).__name__} gave self-attention of {len(attentions)} of its {layers} layers, of "
+                f"shape {', '.join(map(str, shapes)) or 'none'}; {self.name} needs (1, heads, {length}, {length}) of "
+                f"{'all layers' if self.needs_all_layers else 'at least one'}."
+            )
+        values = self.rows(encoding, output.logits[0], attentions)
+        return draw_positions(values, adapter, encoding.input_ids, sizes)
+
+    def run(self, adapter: ModelAdapter, encoding: Encoding) -> Any:
+        with torch.no_grad():
+            return adapter.run(encoding.inputs | {"output_attentions": True})
+
+    @abstractmethod
+    def rows(self, encoding: Encoding, logits: Tensor, attentions: list[Tensor]) -> Tensor:
+        """(T, positions) of the answer's T tokens, from logits and each layer's (1, heads, positions, positions)."""
+
+
+@dataclass(kw_only=True)
+class AttentionMaps(_AttentionMaps):
+    r"""
+    Attention of one decoder layer, mean over its heads, from the position that predicts each token.
+
+    Args:
+
+        layer (int, optional): Which of those that have attention weights.
+                    Default: -1
+    """
+
+    name: ClassVar[str] = "attention"
+    needs_all_layers: ClassVar[bool] = False
+
+    layer: int = -1
+
+    def rows(self, encoding: Encoding, logits: Tensor, attentions: list[Tensor]) -> Tensor:
+        _check_layer(self.layer, len(attentions))
+        return attentions[self.layer][0].float().mean(0)[_predicting(encoding)]
+
+
+@dataclass(kw_only=True)
+class AttentionRollout(_AttentionMaps):
+    r"""
+    Attention rollout (Abnar & Zuidema, 2020): the product over all layers of the heads' mean attention, mixed with the
+    identity for the residual connection.
+
+    Args:
+
+        residual (float, optional): Share of the identity, from 0 to 1.
+                    Default: 0.5
+    """
+
+    name: ClassVar[str] = "attention_rollout"
+
+    residual: float = 0.5
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.residual <= 1:
+            raise ValueError(f"residual must be from 0 to 1, got {self.residual}.")
+
+    def rows(self, encoding: Encoding, logits: Tensor, attentions: list[Tensor]) -> Tensor:
+        rows = _one_hot(encoding, attentions[0].device)
+        for attention in reversed(attentions):
+            mixed = (1 - self.residual) * (rows @ attention[0].float().mean(0).to(rows)) + self.residual * rows
+            rows = mixed / mixed.sum(1, keepdim=True)
+        return rows
+
+
+@dataclass(kw_only=True)
+class AttentionXGradient(_AttentionMaps):
+    r"""
+    Relevance of attention times gradient (Chefer et al., "Generic attention-model explainability", 2021), for a
+    decoder's self-attention: from :math:`R = I`, layer by layer :math:`R \leftarrow R + \bar A R` with
+    :math:`\bar A` the heads' mean of :math:`\max(0, \nabla A \odot A)`. One backward pass per token, from its
+    logit; the attention of all layers is kept for it.
+    """
+
+    name: ClassVar[str] = "attention_x_gradient"
+
+    def run(self, adapter: ModelAdapter, encoding: Encoding) -> Any:
+        def follow(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+            # A leaf itself must not be changed in place.
+            return output.detach().requires_grad_().clone()
+
+        handle = adapter.model.get_input_embeddings().register_forward_hook(follow)
+        try:
+            return adapter.run(encoding.inputs | {"output_attentions": True})
+        finally:
+            handle.remove()
+
+    def rows(self, encoding: Encoding, logits: Tensor, attentions: list[Tensor]) -> Tensor:
+        logits = encoding.rows(logits)[_predicting(encoding)]
+        scores = logits.gather(1, torch.tensor(encoding.answer_ids, device=logits.device)[:, None])[:, 0]
+        result = []
+        for score, row in zip(scores, _one_hot(encoding, attentions[0].device), strict=True):
+            gradients = torch.autograd.grad(score, attentions, retain_graph=True)
+            for attention, gradient in zip(reversed(attentions), reversed(gradients), strict=True):
+                relevant = (attention.detach() * gradient)[0].clamp_min(0).float().mean(0)
+                row = row + row @ relevant.to(row)
+            result.append(row)
+        return torch.stack(result)
+
+
+def _check_sequence(explainer: Explainer, adapter: ModelAdapter, sizes: Sequence[tuple[int, int]]) -> None:
+    if adapter.is_encoder_decoder or adapter.geometry(sizes).argument is not None:
+        raise ValueError(
+            f"{explainer.name} needs visual tokens in its decoder's sequence; {type(adapter.model).__name__} has none."
+        )
+
+
+def _predicting(encoding: Encoding) -> slice:
+    """Positions before each of the answer's tokens."""
+    return slice(encoding.prompt_length - 1, -1)
+
+
+def _one_hot(encoding: Encoding, device: torch.device) -> Tensor:
+    return torch.eye(len(encoding.input_ids), device=device)[_predicting(encoding)]
+
+
+def _check_layer(layer: int, count: int) -> None:
+    if not -count <= layer < count:
+        raise ValueError(f"There is no layer {layer}; the decoder has {count}.")
+
+
+# --- Captum's methods ------------------------------------------------------------------------------------------------
+
+
+@dataclass(kw_only=True)
+class GradCAM(_Explainer):
+    r"""
+    Grad-CAM on visual tokens: Captum's ``LayerGradCam`` of each token's log-probability at the output of a decoder
+    layer, clipped at 0.
+
+    Args:
+
+        layer (int, optional): Which; no token is predicted from the last one's visual tokens: their gradient is 0.
+                    Default: -2
+    """
+
+    name: ClassVar[str] = "grad_cam"
+
+    layer: int = -2
+
+    def explain(
+        self, adapter: ModelAdapter, pictures: list[Image.Image], prompt: Prompt, answer_ids: list[int]
+    ) -> list[Tensor]:
+        picture = _tensor(_single(self, pictures))
+        _check_sequence(self, adapter, [pictures[0].size])
+        layers = decoder_layers(adapter.model)
+        _check_layer(self.layer, len(layers))
+        forward = PixelForward(adapter, prompt, answer_ids, "token_log_probs")
+        method = VisualTokenAttribution(LayerGradCam(forward, layers[self.layer]))
+        return [torch.cat([self.attribute(method, picture, target)[0] for target in forward.targets])]
+
+    def attribute(self, method: VisualTokenAttribution, picture: Tensor, target: Any) -> Tensor:
+        maps: Tensor = method.attribute(picture, target=target)
+        return maps
+
+
+@dataclass(kw_only=True)
+class LLaVACAM(GradCAM):
+    r"""
+    In the manner of LLaVA-CAM (Zhang et al., "From redundancy to relevance", 2025): Grad-CAM at a decoder layer,
+    averaged over noisy copies of the picture.
+
+    Args:
+
+        layer (int, optional): See :class:`GradCAM`.
+                    Default: -2
+        samples (int, optional): Number of copies.
+                    Default: 10
+        noise (float, optional): Standard deviation of their noise, of pixels in [0, 1].
+                    Default: 0.1
+        seed (int, optional): Of the noise, the same for all tokens.
+                    Default: 0
+    """
+
+    name: ClassVar[str] = "llava_cam"
+
+    samples: int = 10
+    noise: float = 0.1
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _check_positive("samples", self.samples)
+        if not self.noise >= 0:
+            raise ValueError(f"noise must not be negative, got {self.noise}.")
+
+    def attribute(self, method: VisualTokenAttribution, picture: Tensor, target: Any) -> Tensor:
+        torch.manual_seed(self.seed)  # The random state is given back by __call__.
+        maps: Tensor = NoiseTunnel(method).attribute(
+            picture, nt_type="smoothgrad", nt_samples=self.samples, nt_samples_batch_size=1, stdevs=float(self.noise),
+            target=target,
+        )  # fmt: skip
+        return maps
+
+
+@dataclass(kw_only=True)
+class _PixelMaps(_Explainer):
+    """A method of the picture's pixels: channels are summed, pixels averaged over cells, negative cells are 0."""
+
+    cells: int = 24
+
+    def __post_init__(self) -> None:
+        _check_positive("cells", self.cells)
+
+    def explain(
+        self, adapter: ModelAdapter, pictures: list[Image.Image], prompt: Prompt, answer_ids: list[int]
+    ) -> list[Tensor]:
+        picture = _single(self, pictures)
+        forward = PixelForward(adapter, prompt, answer_ids, "token_log_probs")
+        values = self.attribute(forward, picture)
+        return [F.adaptive_avg_pool2d(values.detach().float().sum(1), _grid(picture, self.cells))]
+
+    @abstractmethod
+    def attribute(self, forward: PixelForward, picture: Image.Image) -> Tensor:
+        """(T, 3, height, width) of either sign."""
+
+
+@dataclass(kw_only=True)
+class InputXGradientMaps(_PixelMaps):
+    r"""
+    Captum's ``InputXGradient`` of each token's log-probability.
+
+    Args:
+
+        cells (int, optional): Cells along the longer side, over which pixels are averaged.
+                    Default: 24
+    """
+
+    name: ClassVar[str] = "input_x_gradient"
+
+    def attribute(self, forward: PixelForward, picture: Image.Image) -> Tensor:
+        return _each_target(InputXGradient(forward), forward, picture)
+
+
+@dataclass(kw_only=True)
+class IntegratedGradientsMaps(_PixelMaps):
+    r"""
+    Captum's ``IntegratedGradients`` of each token's log-probability.
+
+    Args:
+
+        cells (int, optional): See :class:`InputXGradientMaps`.
+                    Default: 24
+        n_steps (int, optional): Steps of the integral.
+                    Default: 20
+        baseline (str, optional): Where it begins: ``'black'``, the picture's ``'mean'`` colour, or the picture
+                    ``'blur'``\ red as in :class:`~captum_intramodal.metrics.PictureRemoval`.
+                    Default: ``'black'``
+    """
+
+    name: ClassVar[str] = "integrated_gradients"
+
+    n_steps: int = 20
+    baseline: Baseline = "black"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_baseline(self.baseline)
+        _check_positive("n_steps", self.n_steps)
+
+    def attribute(self, forward: PixelForward, picture: Image.Image) -> Tensor:
+        options = {"baselines": _baseline(picture, self.baseline), "n_steps": self.n_steps, "internal_batch_size": 1}
+        return _each_target(IntegratedGradients(forward), forward, picture, **options)
+
+
+@dataclass(kw_only=True)
+class OcclusionMaps(_PixelMaps):
+    r"""
+    Captum's ``Occlusion`` of all tokens' log-probabilities together.
+
+    Args:
+
+        cells (int, optional): See :class:`InputXGradientMaps`.
+                    Default: 24
+        window (float, optional): Side of the square that is hidden, as a fraction of the picture's shorter side.
+                    Default: 0.25
+        stride (float, optional): Its step, as a fraction of its side.
+                    Default: 0.5
+        baseline (str, optional): What hides, see :class:`IntegratedGradientsMaps`.
+                    Default: ``'mean'``
+        batch_size (int, optional): Pictures that run together; changes no result.
+                    Default: 16
+    """
+
+    name: ClassVar[str] = "occlusion"
+
+    window: float = 0.25
+    stride: float = 0.5
+    baseline: Baseline = "mean"
+    batch_size: int = 16
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_baseline(self.baseline)
+        if not (0 < self.window <= 1 and 0 < self.stride <= 1):
+            raise ValueError(f"window and stride must be above 0 and at most 1, got {self.window} and {self.stride}.")
+
+    def attribute(self, forward: PixelForward, picture: Image.Image) -> Tensor:
+        side = max(1, round(self.window * min(picture.size)))
+        step = max(1, round(self.stride * side))
+        with torch.no_grad():
+            values: Tensor = Occlusion(forward).attribute(
+                _tensor(picture), (3, side, side), strides=(3, step, step), baselines=_baseline(picture, self.baseline),
+                perturbations_per_eval=self.batch_size,
+            )  # fmt: skip
+        return values
+
+
+def _each_target(method: Attribution, forward: PixelForward, picture: Image.Image, **options: Any) -> Tensor:
+    pixels = _tensor(picture).requires_grad_()  # Else Captum warns that it asks for that.
+    return torch.cat([method.attribute(pixels, target=target, **options).detach() for target in forward.targets])
+
+
+def _tensor(picture: Image.Image) -> Tensor:
+    """float32 (1, 3, height, width) in [0, 1]."""
+    return torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None].float() / 255
+
+
+def _check_baseline(baseline: str) -> None:
+    if baseline not in get_args(Baseline):
+        raise ValueError(f"baseline must be one of {', '.join(get_args(Baseline))}; got {baseline!r}.")
+
+
+def _baseline(picture: Image.Image, kind: Baseline) -> Tensor:
+    if kind == "black":
+        return torch.zeros(1, 3, picture.height, picture.width)
+    return _tensor(_removal(picture, kind).pictures(np.zeros((1, picture.height, picture.width), bool))[0])
+
+
+def _removal(picture: Image.Image, imputation: Imputation, seed: int = 0) -> PictureRemoval:
+    return PictureRemoval(len, picture, imputation, seed)  # type: ignore[arg-type]
+
+
+# --- Upper and lower marks -------------------------------------------------------------------------------------------
+
+
+def greedy_inclusion(score: Callable[[Tensor], Tensor], regions: int, steps: int | None = None) -> Tensor:
+    r"""
+    Importance of regions by greedy search, in the manner of EAGLE: at each step the region is added to the set
+    :math:`S` that raises most
+
+    .. math::
+        F(S) = f(S) - f(\bar S),
+
+    what a token gains from seeing the set alone (insertion) and loses without it (deletion). A region's importance is
+    the sum of the gains of its step and all later ones, as far as they are positive: it falls with the rank of
+    inclusion, each time by what the step gained.
+
+    Args:
+
+        score (Callable): From the regions that are kept, bool (N, regions), to probabilities of T tokens, (N, T).
+        regions (int): Number of regions.
+        steps (int, optional): Regions that are added; the others' importance is 0.
+                    Default: None, all
+
+    Returns:
+        *Tensor* float32 (T, regions), not negative. Regions of steps without a gain keep their order by 1e-6 and less.
+
+    Raises:
+        ValueError: fewer than one region or step.
+
+    Examples::
+
+        >>> weights = torch.tensor([[0.1], [0.6], [0.3]])
+        >>> greedy_inclusion(lambda kept: kept.float() @ weights, 3)     # gains 1.2, 0.6, 0.2
+        tensor([[0.2000, 2.0000, 0.8000]])
+    """
+    _check_positive("regions", regions)
+    steps = regions if steps is None else steps
+    _check_positive("steps", steps)
+    known: dict[bytes, Tensor] = {}
+
+    def scores(kept: Tensor) -> Tensor:
+        keys = [row.numpy().tobytes() for row in kept]
+        # Tokens and steps share sets: the empty one, all of one region, ...
+        new = {key: row for key, row in zip(keys, kept, strict=True) if key not in known}
+        if new:
+            known.update(zip(new, score(torch.stack(list(new.values()))).float(), strict=True))
+        return torch.stack([known[key] for key in keys])
+
+    def objective(kept: Tensor) -> Tensor:
+        inserted, deleted = scores(torch.cat([kept, ~kept])).split(len(kept))
+        return inserted - deleted
+
+    start = objective(torch.zeros(1, regions, dtype=torch.bool))[0]
+    result = torch.zeros(len(start), regions)
+    for token, value in enumerate(start):
+        chosen, order, gains = torch.zeros(regions, dtype=torch.bool), [], []
+        for _ in range(min(steps, regions)):
+            left = (~chosen).nonzero()[:, 0]
+            values = objective(chosen | F.one_hot(left, regions).bool())[:, token]
+            best = int(values.argmax())
+            gains.append(values[best] - value)
+            order.append(int(left[best]))
+            value, chosen[order[-1]] = values[best], True
+        positive = torch.stack(gains).clamp_min(0)
+        rank = torch.arange(len(order), 0, -1) / len(order)
+        result[token, order] = positive.flip(0).cumsum(0).flip(0) + 1e-6 * rank
+    return result
+
+
+@dataclass(kw_only=True)
+class GreedySearch(_Explainer):
+    r"""
+    Greedy search over the cells of a grid for those that make a token most probable when they alone are shown, and
+    least when they are removed (:func:`greedy_inclusion`). With R cells up to R (R + 1) passes per token: an expensive
+    upper mark for insertion and deletion.
+
+    Args:
+
+        cells (int, optional): Cells along the longer side.
+                    Default: 6
+        steps (int, optional): Cells that are added.
+                    Default: None, all
+        imputation (str, optional): What stands in the place of removed cells, see
+                    :class:`~captum_intramodal.metrics.PictureRemoval`: ``'blur'``, ``'mean'`` or ``'noisy_linear'``.
+                    Default: ``'blur'``
+        batch_size (int, optional): Prompts that run together; changes no result.
+                    Default: 16
+        seed (int, optional): Of the imputation's noise.
+                    Default: 0
+    """
+
+    name: ClassVar[str] = "greedy"
+
+    cells: int = 6
+    steps: int | None = None
+    imputation: Imputation = "blur"
+    batch_size: int = 16
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _check_positive("cells", self.cells)
+        _check_positive("batch_size", self.batch_size)
+        if self.imputation not in get_args(Imputation):
+            raise ValueError(f"imputation must be one of {', '.join(get_args(Imputation))}; got {self.imputation!r}.")
+
+    def explain(
+        self, adapter: ModelAdapter, pictures: list[Image.Image], prompt: Prompt, answer_ids: list[int]
+    ) -> list[Tensor]:
+        scorer = AnswerScorer(adapter, prompt, answer_ids, self.batch_size)
+        removals = [_removal(picture, self.imputation, self.seed) for picture in pictures]
+        grids = [_grid(picture, self.cells) for picture in pictures]
+        counts = [rows * columns for rows, columns in grids]
+
+        def score(kept: Tensor) -> Tensor:
+            results = []
+            for part in kept.split(self.batch_size):  # So many pictures exist at a time.
+                shown = [
+                    removal.pictures(_stretched(cells.reshape(-1, *grid), picture.size))
+                    for removal, picture, cells, grid in zip(
+                        removals, pictures, part.split(counts, dim=1), grids, strict=True
+                    )
+                ]
+                results.append(scorer.log_probability(list(zip(*shown, strict=True))).exp())
+            return torch.cat(results)
+
+        values = greedy_inclusion(score, sum(counts), self.steps).split(counts, dim=1)
+        return [value.reshape(-1, *grid) for value, grid in zip(values, grids, strict=True)]
+
+
+def _stretched(cells: Tensor, size: tuple[int, int]) -> np.ndarray:
+    """Cells (N, rows, columns) at the pixels of a picture, bool (N, height, width)."""
+    pixels: np.ndarray = F.interpolate(cells[:, None].float(), size[::-1], mode="nearest-exact")[:, 0].bool().numpy()
+    return pixels
+
+
+@dataclass(kw_only=True)
+class RandomMaps(_Explainer):
+    r"""
+    Uniform noise, another one for each picture, token and seed: a lower mark.
+
+    Args:
+
+        cells (int, optional): Cells along the longer side.
+                    Default: 16
+        seed (int, optional): Of the noise.
+                    Default: 0
+    """
+
+    name: ClassVar[str] = "random"
+
+    cells: int = 16
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _check_positive("cells", self.cells)
+
+    def explain(
+        self, adapter: ModelAdapter, pictures: list[Image.Image], prompt: Prompt, answer_ids: list[int]
+    ) -> list[Tensor]:
+        maps = []
+        for index, picture in enumerate(pictures):
+            seen = zlib.crc32(picture.tobytes())
+            generator = np.random.default_rng([self.seed, index, seen])
+            noise = generator.random((len(answer_ids), *_grid(picture, self.cells)), np.float32)
+            maps.append(torch.from_numpy(noise))
+        return maps
+
+
+@dataclass(kw_only=True)
+class CentreGaussian(_Explainer):
+    r"""
+    A Gaussian in the middle of the picture, whatever the token: the lower mark for pictures with their objects there.
+
+    Args:
+
+        sigma (float, optional): Standard deviation, as a fraction of each side.
+                    Default: 0.25
+        cells (int, optional): Cells along the longer side.
+                    Default: 32
+    """
+
+    name: ClassVar[str] = "centre_gaussian"
+
+    sigma: float = 0.25
+    cells: int = 32
+
+    def __post_init__(self) -> None:
+        _check_positive("sigma", self.sigma)
+        _check_positive("cells", self.cells)
+
+    def explain(
+        self, adapter: ModelAdapter, pictures: list[Image.Image], prompt: Prompt, answer_ids: list[int]
+    ) -> list[Tensor]:
+        maps = []
+        for picture in pictures:
+            y, x = (
+                torch.exp(-(((torch.arange(n) + 0.5) / n - 0.5) ** 2) / (2 * self.sigma**2))
+                for n in _grid(picture, self.cells)
+            )
+            maps.append((y[:, None] * x).expand(len(answer_ids), -1, -1))
+        return maps
+
+
+def _grid(picture: Image.Image, cells: int) -> tuple[int, int]:
+    """Rows and columns of about square cells, so many along the longer side, and no smaller than a pixel."""
+    side = max(max(picture.size) / cells, 1.0)
+    return max(1, round(picture.height / side)), max(1, round(picture.width / side))
+
+
+def _check_positive(name: str, value: float) -> None:
+    if not value > 0:
+        raise ValueError(f"{name} must be positive, got {value}.")
+
+
+def _single(explainer: Explainer, pictures: Sequence[Image.Image]) -> Image.Image:
+    if len(pictures) != 1:
+        raise ValueError(f"{explainer.name} explains answers about one picture, got {len(pictures)}.")
+    return pictures[0]
+
+
+# --- By name ---------------------------------------------------------------------------------------------------------
+
+EXPLAINERS: dict[str, Callable[..., Explainer]] = {
+    explainer.name: explainer
+    for explainer in (
+        LogitLensMaps, MSEAMaps, ARCMaps, MSEAAndARCMaps, TAM, AttentionMaps, AttentionRollout, AttentionXGradient,
+        GradCAM, LLaVACAM, InputXGradientMaps, IntegratedGradientsMaps, OcclusionMaps, GreedySearch, RandomMaps,
+        CentreGaussian,
+    )
+}  # fmt: skip
+_AROUND: dict[str, Callable[..., Explainer]] = {"msea": MSEAAround, "arc": ARCAround}
+
+
+def make_explainer(spec: str) -> Explainer:
+    r"""
+    An explainer from its name and options.
+
+    Args:
+
+        spec (str): A name in :data:`EXPLAINERS`, with ``msea+`` or ``arc+`` or both before it to put it inside these;
+                    after a colon options ``name=value``, separated by commas. Values are JSON; text needs no quotes.
+
+    Returns:
+        Explainer: options that the spec leaves out have their defaults.
+
+    Raises:
+        ValueError: an unknown explainer, an option that it does not have, or a value that it does not take.
+
+    Examples::
+
+        >>> make_explainer("msea+arc:scales=[1,1.5,2],k=20,weighting=uniform").settings["k"]
+        20
+        >>> make_explainer("msea+arc+grad_cam:layer=-3").name
+        'msea+arc+grad_cam'
+    """
+    name, _, text = spec.strip().partition(":")
+    options = _parse_options(spec, text)
+    known = EXPLAINERS.get(name)
+    if known is not None:
+        return _build(spec, known, options)
+    around, _, base = name.rpartition("+")
+    wrappers = around.split("+")
+    if base not in EXPLAINERS or base in (*_AROUND, LogitLensMaps.name) or around not in ("msea", "arc", "msea+arc"):
+        raise ValueError(
+            f"There is no explainer {name!r}. There are {', '.join(EXPLAINERS)}; and those other than the lens inside "
+            "msea+, arc+ or msea+arc+."
+        )
+    own = {wrapper: _options_of(_AROUND[wrapper]) - {"base"} for wrapper in wrappers}
+    inner = {key: value for key, value in options.items() if not any(key in names for names in own.values())}
+    explainer = _build(spec, EXPLAINERS[base], inner)
+    for wrapper in wrappers:  # ARC is around MSEA.
+        outer = {key: value for key, value in options.items() if key in own[wrapper]}
+        explainer = _build(spec, _AROUND[wrapper], outer | {"base": explainer})
+    return explainer
+
+
+def _options_of(explainer: Any) -> set[str]:
+    return {f.name for f in fields(explainer)}
+
+
+def _build(spec: str, explainer: Callable[..., Explainer], options: dict[str, Any]) -> Explainer:
+    if unknown := sorted(set(options) - _options_of(explainer)):
+        raise ValueError(
+            f"{spec!r} has options {', '.join(unknown)} that do not exist; there are "
+            f"{', '.join(sorted(_options_of(explainer))) or 'none'}."
+        )
+    try:
+        return explainer(**options)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{spec!r}: {error}") from error
+
+
+def _parse_options(spec: str, text: str) -> dict[str, Any]:
+    options: dict[str, Any] = {}
+    # Commas within brackets or quotes belong to a value.
+    for part in re.findall(r'(?:"[^"]*"|\[[^\]]*\]|[^,\["])+', text):
+        key, equals, value = part.partition("=")
+        key = key.strip()
+        if not equals or not key.isidentifier() or key in options:
+            raise ValueError(f"{spec!r}: options are name=value, each once, separated by commas; got {part!r}.")
+        try:
+            options[key] = json.loads(value)
+        except json.JSONDecodeError:
+            options[key] = value.strip()
+    return options
