@@ -21,6 +21,7 @@ from captum_intramodal.metrics.localisation import (
 )
 from captum_intramodal.metrics.statistics import Interval, bootstrap_interval, paired_bootstrap_difference
 from captum_intramodal.metrics.tam_evaluation import FUNCTION_WORD, OTHER_NOUN, OTHER_WORD, TAMScores, tam_scores
+from captum_intramodal.metrics.words import match_categories, word_types
 
 __all__ = [
     "FRACTIONS",
@@ -39,6 +40,7 @@ __all__ = [
     "function_iou",
     "insertion_curve",
     "iou",
+    "match_categories",
     "noisy_linear_imputation",
     "object_iou",
     "otsu_threshold",
@@ -46,4 +48,5 @@ __all__ = [
     "pointing_hit",
     "road",
     "tam_scores",
+    "word_types",
 ]
