@@ -3,6 +3,7 @@
 from captum_intramodal.metrics.faithfulness import (
     FRACTIONS,
     PictureRemoval,
+    TokenRemoval,
     aopc,
     area_under_curve,
     deletion_curve,
@@ -11,6 +12,7 @@ from captum_intramodal.metrics.faithfulness import (
     road,
 )
 from captum_intramodal.metrics.localisation import (
+    average_precision,
     energy_inside,
     f1_iou,
     function_iou,
@@ -19,6 +21,7 @@ from captum_intramodal.metrics.localisation import (
     otsu_threshold,
     pointing_hit,
 )
+from captum_intramodal.metrics.randomization import RandomizationStep, randomization_check
 from captum_intramodal.metrics.statistics import Interval, bootstrap_interval, paired_bootstrap_difference
 from captum_intramodal.metrics.tam_evaluation import FUNCTION_WORD, OTHER_NOUN, OTHER_WORD, TAMScores, tam_scores
 from captum_intramodal.metrics.words import match_categories, word_types
@@ -30,9 +33,12 @@ __all__ = [
     "OTHER_WORD",
     "Interval",
     "PictureRemoval",
+    "RandomizationStep",
     "TAMScores",
+    "TokenRemoval",
     "aopc",
     "area_under_curve",
+    "average_precision",
     "bootstrap_interval",
     "deletion_curve",
     "energy_inside",
@@ -46,6 +52,7 @@ __all__ = [
     "otsu_threshold",
     "paired_bootstrap_difference",
     "pointing_hit",
+    "randomization_check",
     "road",
     "tam_scores",
     "word_types",
