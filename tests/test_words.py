@@ -75,6 +75,7 @@ def test_categories_up_to_case_and_number() -> None:
     for name, plural in plurals.items():
         said = plural.split()
         assert match_categories(["two", *said, "and"], list(plurals)) == [None, *[name] * len(said), None]
+    assert match_categories(["the", "cat's", "mouse’s", "'s"], list(plurals)) == [None, "cat", "mouse", None]
     assert match_categories(["the", "grass", "was", "his"], list(plurals)) == [None] * 4
 
 

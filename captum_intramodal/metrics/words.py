@@ -92,7 +92,8 @@ def word_types(words: Sequence[str], tagger: Tagger | None = None, in_context: b
 def match_categories(words: Sequence[str], categories: Sequence[str]) -> list[str | None]:
     r"""The category that each word names.
 
-    Words and names agree up to case and number: "Buses" names "bus", "people" names "person". A name of several words
+    Words and names agree up to case, number and a possessive's ending: "Buses" names "bus", "people" names "person",
+    "dog's" names "dog". A name of several words
     ("traffic light", "dining_table") is matched by as many adjacent words, longer names before shorter ones: in
     "hot dogs" neither word names "dog". Nothing is known of synonyms, nor of parts of speech: ask
     :func:`word_types` for the nouns.
@@ -115,10 +116,8 @@ def match_categories(words: Sequence[str], categories: Sequence[str]) -> list[st
         >>> match_categories(["two", "Buses", "at", "a", "traffic", "light"], ["light", "traffic light", "bus"])
         [None, 'bus', None, None, 'traffic light', 'traffic light']
     """
-    names = [
-        (category, [_numbers(part) for part in re.split(r"[\s_]+", category.strip(" _"))]) for category in categories
-    ]
-    if nameless := [category for category, parts in names if "" in parts[0]]:
+    names = [(category, [_numbers(part) for part in re.findall(r"[^\s_]+", category)]) for category in categories]
+    if nameless := [category for category, parts in names if not parts]:
         raise ValueError(f"Categories must have a name, got {nameless[0]!r}.")
     names.sort(key=lambda name: -len(name[1]))
     forms = [_numbers(word) for word in words]
@@ -152,9 +151,9 @@ def _inflect_engine() -> Any:
 
 @cache
 def _numbers(word: str) -> frozenset[str]:
-    """A word as it is and, in case it is a plural, its singular."""
-    plain = word.casefold()
-    singular = _inflect_engine().singular_noun(plain) if plain else False
+    """A word without a possessive's ending and, in case it is a plural, its singular."""
+    plain = re.sub(r"['’]s$", "", word.casefold())
+    singular = _inflect_engine().singular_noun(plain) if plain else ""
     return frozenset((plain, singular or plain))
 
 
