@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from captum_intramodal import ModelAdapter
-from captum_intramodal.decoder import decoder_layers
 from captum_intramodal.demo import CHECKPOINT, PICTURES
 from captum_intramodal.metrics import randomization_check
 from captum_intramodal.scoring import AnswerScorer
@@ -128,7 +127,7 @@ def test_wrong_input_is_named() -> None:
         randomization_check(net.to("meta"), lambda: torch.arange(3.0))
 
 
-def test_decoder_of_a_multimodal_model_from_its_last_layer_to_its_first() -> None:
+def test_parts_of_a_multimodal_model_from_its_head_to_its_vision_tower() -> None:
     model = AutoModelForImageTextToText.from_pretrained(CHECKPOINT, dtype=torch.float32)
     adapter = ModelAdapter(model, AutoProcessor.from_pretrained(CHECKPOINT))
     scorer = AnswerScorer(adapter, "describe the picture.", "a dog and a cat.")
@@ -136,7 +135,10 @@ def test_decoder_of_a_multimodal_model_from_its_last_layer_to_its_first() -> Non
     old, scores = bits(model), scorer.log_probability(shown)
     steps = randomization_check(model, lambda: scorer.log_probability(shown))
     names = dict(model.named_modules())
-    assert [names[step.layer] for step in steps] == list(reversed(decoder_layers(model)))
+    decoder = model.get_decoder()
+    layers = [model.lm_head, decoder.norm, *reversed(decoder.layers), decoder.embed_tokens, model.model.visual]
+    assert [names[step.layer] for step in steps] == layers
+    assert {p for layer in layers for p in layer.parameters()} == set(model.parameters())
     assert steps[-1].rank_correlation < 0.9 and np.isfinite([step[1:] for step in steps]).all()
     assert same(bits(model), old)
     torch.testing.assert_close(scorer.log_probability(shown), scores, rtol=0, atol=0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -45,6 +45,9 @@ def randomization_check(
     quantised weights stay valid. A parameter of equal values, such as an untrained norm's, stays as it is. In the end,
     also after an exception, every weight is what it was, bit for bit; gradients and random states are not touched.
 
+    A head that shares its weights with the embeddings takes them along. Residual connections carry features past layers
+    without weights: maps of a logit lens can keep their form until the head or the vision tower has lost its own.
+
     Correlations near 0 are what a map of what the model learnt must reach. One that stays near 1 shows the picture, or
     the shape of the network. A map that becomes constant has lost its order: both correlations are 0.
 
@@ -54,9 +57,10 @@ def randomization_check(
         explain (Callable): Makes the map anew, of the same target at every call: a tensor or array of real numbers,
                     any shape. Give it the original's answer: what the changed model would say is another question.
         layers (Sequence[torch.nn.Module], optional): Modules of the model in the order in which they lose their
-                    weights, such as ``[model.lm_head, *reversed(decoder_layers(model))]``.
-                    Default: ``None``, the decoder's layers from the last to the first; of a model without a decoder
-                    all modules with parameters of their own, from the last to the first.
+                    weights.
+                    Default: ``None``, of a transformers model its head, the decoder's parts from the last layer to
+                    the embeddings, and what reads the pictures, such as the vision tower, each as a whole; of
+                    another model all modules with parameters of their own, from the last to the first.
         seed (int): Of the random orders. Default: ``0``
 
     Returns:
@@ -101,10 +105,24 @@ def randomization_check(
     return steps
 
 
-def _layers_from_the_top(model: nn.Module) -> list[nn.Module]:
-    if hasattr(model, "get_decoder"):
-        return list(reversed(decoder_layers(model)))
-    return [module for module in model.modules() if any(True for _ in module.parameters(recurse=False))][::-1]
+def _layers_from_the_top(model: Any) -> list[nn.Module]:
+    if not hasattr(model, "get_decoder"):
+        return [module for module in model.modules() if any(True for _ in module.parameters(recurse=False))][::-1]
+    layers, head, decoder = (
+        set(decoder_layers(model)),
+        model.get_output_embeddings(),
+        set(model.get_decoder().modules()),
+    )
+
+    def parts(module: nn.Module) -> list[nn.Module]:
+        """The largest modules that hold no layer of the decoder, and those layers."""
+        if module in layers or layers.isdisjoint(module.modules()):
+            return [module] if any(True for _ in module.parameters()) else []
+        return [part for child in module.children() for part in parts(child)]
+
+    downwards = parts(model)[::-1]
+    # Not every model lists what reads its pictures before its decoder.
+    return sorted(downwards, key=lambda part: 0 if part is head else 1 if part in decoder else 2)
 
 
 @contextmanager

@@ -93,10 +93,9 @@ def match_categories(words: Sequence[str], categories: Sequence[str]) -> list[st
     r"""The category that each word names.
 
     Words and names agree up to case, number and a possessive's ending: "Buses" names "bus", "people" names "person",
-    "dog's" names "dog". A name of several words
-    ("traffic light", "dining_table") is matched by as many adjacent words, longer names before shorter ones: in
-    "hot dogs" neither word names "dog". Nothing is known of synonyms, nor of parts of speech: ask
-    :func:`word_types` for the nouns.
+    "dog's" names "dog". A name of several words ("traffic light", "dining_table") is matched by as many adjacent words,
+    longer names before shorter ones: in "hot dogs" neither word names "dog". Nothing is known of synonyms, nor of parts
+    of speech: ask :func:`word_types` for the nouns.
 
     Args:
 
