@@ -5,11 +5,13 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
+from families import build
 from PIL import Image
 from torch import Tensor, nn
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from captum_intramodal import ModelAdapter
+from captum_intramodal.decoder import decoder_layers
 from captum_intramodal.demo import CHECKPOINT, PICTURES
 from captum_intramodal.metrics import randomization_check
 from captum_intramodal.scoring import AnswerScorer
@@ -142,3 +144,21 @@ def test_parts_of_a_multimodal_model_from_its_head_to_its_vision_tower() -> None
     assert steps[-1].rank_correlation < 0.9 and np.isfinite([step[1:] for step in steps]).all()
     assert same(bits(model), old)
     torch.testing.assert_close(scorer.log_probability(shown), scores, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("family", "head", "eyes"),
+    [
+        ("blip", "text_decoder.cls", "vision_model"),
+        ("llava_next", "lm_head", "model.vision_tower"),
+        ("mllama", "lm_head", "model.vision_model"),
+        ("t5gemma2", "lm_head", "model.encoder"),
+    ],
+)
+def test_heads_come_first_and_what_reads_pictures_last(family: str, head: str, eyes: str) -> None:
+    model = build(family)[0]
+    steps = randomization_check(model, lambda: torch.arange(3.0))
+    layers = [step.layer for step in steps]
+    decoder = [name for name, module in model.named_modules() if module in set(decoder_layers(model))]
+    assert layers[0] == head and layers[-1] == eyes
+    assert [layer for layer in layers if layer in decoder] == decoder[::-1]

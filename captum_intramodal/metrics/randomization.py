@@ -59,8 +59,9 @@ def randomization_check(
         layers (Sequence[torch.nn.Module], optional): Modules of the model in the order in which they lose their
                     weights.
                     Default: ``None``, of a transformers model its head, the decoder's parts from the last layer to
-                    the embeddings, and what reads the pictures, such as the vision tower, each as a whole; of
-                    another model all modules with parameters of their own, from the last to the first.
+                    the embeddings, and what reads the pictures, such as the vision tower, each as a whole (not the few
+                    parameters that stand alone, as that of a newline in a picture); of another model all modules with
+                    parameters of their own, from the last to the first.
         seed (int): Of the random orders. Default: ``0``
 
     Returns:
@@ -122,7 +123,7 @@ def _layers_from_the_top(model: Any) -> list[nn.Module]:
 
     downwards = parts(model)[::-1]
     # Not every model lists what reads its pictures before its decoder.
-    return sorted(downwards, key=lambda part: 0 if part is head else 1 if part in decoder else 2)
+    return sorted(downwards, key=lambda part: 0 if head in part.modules() else 1 if part in decoder else 2)
 
 
 @contextmanager
