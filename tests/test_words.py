@@ -11,13 +11,23 @@ from captum_intramodal.metrics import match_categories, word_types, words
 # Sentences in the manner of captions, tagged by hand: n(oun), f(unction word), o(ther).
 CAPTIONS = """
 The/f image/n shows/o a/f large/o brown/o dog/n sitting/o on/o a/f wooden/o bench/n in/o a/f park/n ./o
-Two/o young/o women/n are/o riding/o horses/n along/o the/f beach/n ./o There/f is/o a/f red/o stop/n sign/n ./o
-He/f holds/o his/f racket/n while/o the/f crowd/n watches/o ./o A/f surfboard/n leans/o against/o the/f wall/n ./o
-Zebras/n graze/o in/o the/f grass/n and/f a/f giraffe/n which/f stands/o behind/o the/f fence/n can/f see/o us/f ./o
-the/f kitchen/n features/o a/f microwave/n ,/o a/f sink/n and/f three/o wine/n glasses/n
-A/f skateboarder/n performs/o a/f trick/n at/o the/f skate/n park/n ./o People/n walk/o across/o the/f street/n ./o
-a/f teddy/n bear/n sits/o beside/o the/f laptop/n ,/o and/f the/f bus/n stops/o where/f children/n play/o
-an/f owl/n ,/o a/f pumpkin/n and/f a/f toaster/n ./o Overall/o ,/o the/f scene/n conveys/o a/f sense/n of/o calm/n ./o
+Two/o young/o women/n are/o riding/o horses/n along/o the/f beach/n ./o
+There/f is/o a/f red/o stop/n sign/n next/o to/o the/f traffic/n light/n ./o
+A/f man/n wearing/o a/f blue/o shirt/n is/o playing/o tennis/n ./o
+He/f holds/o his/f racket/n while/o the/f crowd/n watches/o ./o
+Several/o zebras/n graze/o in/o the/f grass/n near/o a/f giraffe/n ./o
+A/f cat/n and/f a/f mouse/n ./o
+The/f giraffe/n which/f stands/o behind/o the/f fence/n can/f see/o us/f ./o
+A/f surfboard/n leans/o against/o the/f refrigerator/n ./o
+The/f kitchen/n features/o a/f microwave/n ,/o a/f sink/n and/f three/o wine/n glasses/n ./o
+a/f plate/n of/o donuts/n and/f a/f cup/n of/o coffee/n on/o the/f dining/o table/n
+A/f skateboarder/n performs/o a/f trick/n at/o the/f skate/n park/n ./o
+People/n walk/o across/o the/f street/n holding/o umbrellas/n ./o
+Who/f is/o there/f ?/o
+A/f teddy/n bear/n sits/o beside/o the/f laptop/n and/f the/f keyboard/n ./o
+An/f owl/n ,/o a/f pumpkin/n ,/o and/f a/f toaster/n are/o visible/o ./o
+The/f bus/n stops/o at/o the/f park/n where/f children/n play/o ./o
+Overall/o ,/o the/f scene/n conveys/o a/f sense/n of/o calm/n ./o
 """
 TYPES = {"n": "noun", "f": "function", "o": "other"}
 
