@@ -7,6 +7,7 @@ from PIL import Image
 
 from captum_intramodal.metrics import (
     PictureRemoval,
+    TokenRemoval,
     aopc,
     area_under_curve,
     deletion_curve,
@@ -161,3 +162,32 @@ def test_a_wrong_imputation_is_refused() -> None:
         PictureRemoval(len, picture(), Image.new("RGB", (5, 5)))  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"Masks of shape \(1, 2, 2\)"):
         PictureRemoval(len, picture()).pictures(np.ones((1, 2, 2), bool))  # type: ignore[arg-type]
+
+
+class RecordedScorer:
+    """Log-probabilities of three tokens: of the j-th, minus the kept positions' sum / 100 (j + 1)."""
+
+    answer_ids = (7, 8, 9)
+
+    def without_tokens(
+        self, pictures: object, positions: torch.Tensor, removed: torch.Tensor, baseline: int | None
+    ) -> torch.Tensor:
+        self.seen = pictures, baseline
+        total = (positions * ~removed).sum(1, keepdim=True)
+        return -total / 100 / torch.tensor([1.0, 2.0, 3.0])
+
+
+def test_removed_tokens_change_the_probability_of_a_token_or_of_all() -> None:
+    scorer = RecordedScorer()
+    kept = np.array([[True, True, False], [False, True, False], [False, False, False]])
+    totals = np.array([3 + 10, 10, 0]) / 100
+    for token, share in ((0, 1), (-1, 1 / 3), (None, 1 + 1 / 2 + 1 / 3)):
+        removal = TokenRemoval(scorer, "picture", [3, 10, 20], token, baseline=5)  # type: ignore[arg-type]
+        np.testing.assert_allclose(removal(kept), np.exp(-totals * share), rtol=1e-6)
+        assert scorer.seen == ("picture", 5)
+    curve = deletion_curve(removal, np.array([0.1, 0.3, 0.2]), np.arange(4) / 3)
+    np.testing.assert_allclose(np.log(curve) * -100 / share, [33, 23, 3, 0], rtol=1e-5, atol=1e-5)
+    with pytest.raises(ValueError, match="-3 to 2 for an answer of 3 tokens, got 3"):
+        TokenRemoval(scorer, "picture", [3], 3)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="int64"):
+        TokenRemoval(scorer, "picture", [0.5])  # type: ignore[arg-type, list-item]

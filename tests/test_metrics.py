@@ -10,6 +10,7 @@ import torch
 
 from captum_intramodal.metrics import (
     Interval,
+    average_precision,
     bootstrap_interval,
     energy_inside,
     f1_iou,
@@ -381,3 +382,38 @@ def test_bootstrap_errors() -> None:
         bootstrap_interval([[0.0, 0.0], [1.0, 1.0]], lambda x, count, axis: x.sum(axis) / count.sum(axis))
     with pytest.raises(ValueError, match=r"\(2, 1\) and \(3, 1\)"):
         paired_bootstrap_difference([1.0, 2.0], [1.0, 2.0, 3.0])
+
+
+def slow_average_precision(values: list[float], inside: list[bool]) -> float:
+    area, recall = 0.0, 0.0
+    for threshold in sorted(set(values), reverse=True):
+        found = [hit for value, hit in zip(values, inside, strict=True) if value >= threshold]
+        area += (sum(found) / sum(inside) - recall) * sum(found) / len(found)
+        recall = sum(found) / sum(inside)
+    return area
+
+
+@pytest.mark.parametrize("levels", [1, 3, 20, 10**9])
+def test_average_precision_is_the_area_under_the_precision_recall_curve(levels: int) -> None:
+    average_precision_score = pytest.importorskip("sklearn.metrics").average_precision_score
+    generator = np.random.default_rng(levels)
+    for share in (0.05, 0.5, 1.0):
+        map, mask = generator.integers(0, levels, (9, 13)).astype(float), generator.random((9, 13)) < share
+        result = average_precision(map, mask)
+        assert result == pytest.approx(slow_average_precision(map.ravel().tolist(), mask.ravel().tolist()))
+        assert result == pytest.approx(average_precision_score(mask.ravel(), map.ravel()))
+        assert average_precision(np.exp(map / levels) - 7, mask) == pytest.approx(result)  # the order alone counts
+
+
+def test_average_precision_of_resized_maps() -> None:
+    mask = torch.zeros(12, 12, dtype=torch.int64)
+    mask[:, 6:] = 4
+    assert average_precision(torch.tensor([[0.0, 3.0], [0.0, 3.0]]), mask) == 1
+    assert average_precision(torch.full((5, 5), 0.1), mask) == pytest.approx(0.5)
+    # Columns that rounding makes unequal are one threshold: the lower half of a map of equal rows is not preferred.
+    rows = random_map(1, 5, seed=3).expand(7, 5) + 0.1
+    upper, lower = torch.zeros(53, 50, dtype=torch.bool), torch.zeros(53, 50, dtype=torch.bool)
+    upper[:20, 10:30], lower[-20:, 10:30] = True, True
+    assert average_precision(rows, upper) == pytest.approx(average_precision(rows, lower), abs=1e-12)
+    with pytest.raises(ValueError, match="no cell inside"):
+        average_precision(rows, upper & lower)

@@ -7,6 +7,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from captum_intramodal import ModelAdapter
 from captum_intramodal.demo import CHECKPOINT, PICTURES
+from captum_intramodal.metrics import TokenRemoval, deletion_curve, insertion_curve
 from captum_intramodal.scoring import AnswerScorer
 
 PROMPT, ANSWER = "describe the picture.", "a dog and a cat."
@@ -54,6 +55,11 @@ def test_replaced_tokens_of_prompt_and_answer(adapter: ModelAdapter, pictures: l
         expected = by_hand(adapter, pictures[0], positions[row].tolist())
         torch.testing.assert_close(score, expected, atol=2e-4, rtol=1e-3)
     assert (scores[1] - scores[0]).abs().max() > 0.01
+    removal = TokenRemoval(scorer, pictures[0], positions, token=2)
+    values = torch.tensor([1.0, 0.0])
+    chances = scores[:, 2].exp().double().numpy()
+    assert deletion_curve(removal, values, (0, 0.5, 1)) == pytest.approx(chances, abs=1e-5)
+    assert insertion_curve(removal, values, (0, 1)) == pytest.approx(chances[[2, 0]], abs=1e-5)
     # A token cannot change what came before it, nor its own probability.
     torch.testing.assert_close(scores[2, :2], scores[1, :2], atol=1e-4, rtol=1e-4)
 

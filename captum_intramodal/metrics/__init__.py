@@ -3,6 +3,7 @@
 from captum_intramodal.metrics.faithfulness import (
     FRACTIONS,
     PictureRemoval,
+    TokenRemoval,
     aopc,
     area_under_curve,
     deletion_curve,
@@ -11,6 +12,7 @@ from captum_intramodal.metrics.faithfulness import (
     road,
 )
 from captum_intramodal.metrics.localisation import (
+    average_precision,
     energy_inside,
     f1_iou,
     function_iou,
@@ -19,8 +21,10 @@ from captum_intramodal.metrics.localisation import (
     otsu_threshold,
     pointing_hit,
 )
+from captum_intramodal.metrics.randomization import RandomizationStep, randomization_check
 from captum_intramodal.metrics.statistics import Interval, bootstrap_interval, paired_bootstrap_difference
 from captum_intramodal.metrics.tam_evaluation import FUNCTION_WORD, OTHER_NOUN, OTHER_WORD, TAMScores, tam_scores
+from captum_intramodal.metrics.words import match_categories, word_types
 
 __all__ = [
     "FRACTIONS",
@@ -29,9 +33,12 @@ __all__ = [
     "OTHER_WORD",
     "Interval",
     "PictureRemoval",
+    "RandomizationStep",
     "TAMScores",
+    "TokenRemoval",
     "aopc",
     "area_under_curve",
+    "average_precision",
     "bootstrap_interval",
     "deletion_curve",
     "energy_inside",
@@ -39,11 +46,14 @@ __all__ = [
     "function_iou",
     "insertion_curve",
     "iou",
+    "match_categories",
     "noisy_linear_imputation",
     "object_iou",
     "otsu_threshold",
     "paired_bootstrap_difference",
     "pointing_hit",
+    "randomization_check",
     "road",
     "tam_scores",
+    "word_types",
 ]

@@ -3,8 +3,7 @@ r"""Faithfulness of explanations: what the model says when what an explanation p
 Everything rests on one order: the features (pixels, or text tokens) from the most to the least important, ties in
 random order. A *curve* holds the model's score when a growing fraction of them is kept or removed; insertion, deletion,
 AOPC and ROAD are numbers read from curves. What removing means is the business of the score: :class:`PictureRemoval`
-imputes pixels, :meth:`AnswerScorer.without_tokens <captum_intramodal.scoring.AnswerScorer.without_tokens>` replaces
-tokens.
+imputes pixels, :class:`TokenRemoval` replaces tokens.
 """
 
 from __future__ import annotations
@@ -20,11 +19,13 @@ from torch import Tensor
 from torch.nn.functional import avg_pool2d, conv2d, interpolate
 
 from captum_intramodal.metrics.statistics import Array, Floats, finite
+from captum_intramodal.scoring import AnswerScorer, Pictures
 
 __all__ = [
     "FRACTIONS",
     "Imputation",
     "PictureRemoval",
+    "TokenRemoval",
     "aopc",
     "area_under_curve",
     "deletion_curve",
@@ -271,6 +272,60 @@ class PictureRemoval:
 
     def __call__(self, kept: Masks) -> Array:
         return self.score(self.pictures(kept))
+
+
+class TokenRemoval:
+    r"""
+    Probability of an answer when some tokens before it are removed: from masks of the kept tokens to scores, as the
+    curves need it. It asks of a text map what :class:`PictureRemoval` asks of a picture's.
+
+    Args:
+
+        scorer (AnswerScorer): Of the question and the answer.
+        pictures (PIL.Image.Image or Sequence[PIL.Image.Image]): The prompt's picture or pictures, which stay.
+        positions (Tensor or Sequence[int]): Positions of T tokens of the prompt or the answer, int64 (T,), counted as
+                    :meth:`AnswerScorer.log_probability <captum_intramodal.scoring.AnswerScorer.log_probability>` does.
+        token (int, optional): The answer's token whose probability is the score, from 0; a negative number counts from
+                    the end.
+                    Default: None, the probability of the whole answer.
+        baseline (int, optional): The token that stands in the place of removed ones.
+                    Default: None, :attr:`ModelAdapter.baseline_token
+                    <captum_intramodal.adapter.ModelAdapter.baseline_token>`.
+
+    Raises:
+        ValueError: positions that are not int64 (T,), or an answer without that token.
+
+    Examples::
+
+        >>> removal = TokenRemoval(scorer, picture, positions, token=1)
+        >>> deletion = area_under_curve(deletion_curve(removal, relevance))     # relevance of the T tokens, float (T,)
+    """
+
+    def __init__(
+        self,
+        scorer: AnswerScorer,
+        pictures: Pictures,
+        positions: Tensor | Sequence[int],
+        token: int | None = None,
+        baseline: int | None = None,
+    ) -> None:
+        self.scorer = scorer
+        self.pictures = pictures
+        self.positions = torch.as_tensor(positions).cpu()
+        self.token = token
+        self.baseline = baseline
+        if self.positions.ndim != 1 or self.positions.dtype != torch.int64:
+            raise ValueError(f"positions must be int64 (T,), got {self.positions.dtype} {tuple(self.positions.shape)}.")
+        count = len(scorer.answer_ids)
+        if token is not None and not -count <= token < count:
+            raise ValueError(
+                f"token must be from {-count} to {count - 1} for an answer of {count} tokens, got {token}."
+            )
+
+    def __call__(self, kept: Masks) -> Tensor:
+        removed = torch.from_numpy(~np.asarray(kept, dtype=np.bool_))
+        scores = self.scorer.without_tokens(self.pictures, self.positions, removed, self.baseline)
+        return (scores.sum(1) if self.token is None else scores[:, self.token]).exp()
 
 
 def noisy_linear_imputation(

@@ -24,6 +24,7 @@ from torch.nn.functional import interpolate
 from captum_intramodal.metrics.statistics import Array, Floats, finite
 
 __all__ = [
+    "average_precision",
     "energy_inside",
     "f1_iou",
     "function_iou",
@@ -193,6 +194,38 @@ def energy_inside(map: Array, mask: Array) -> float:
     # Relative to the peak the sums of very small or large maps neither vanish nor overflow.
     resized = resized / peak
     return float(resized[inside].sum() / resized.sum())
+
+
+def average_precision(map: Array, mask: Array) -> float:
+    r"""Average precision of a map as a detector of a mask's cells: the area under its precision-recall curve.
+
+    :math:`\sum_n (R_n - R_{n-1}) P_n` over all thresholds, without interpolation between them, as scikit-learn has it.
+    Cells that share a value fall to one threshold, so that their order cannot matter. It asks for the order of the
+    cells only; how far their values are apart does not count.
+
+    Args:
+
+        map (Tensor or ndarray): Map. Shape: h x w, any real dtype; resized as in :func:`object_iou` if the mask has
+                    another shape.
+        mask (Tensor or ndarray): Mask. Shape: H x W, boolean, or integer with all but 0 inside; not empty.
+
+    Returns:
+        **precision** (*float*):
+            From 0 to 1; 1 if every cell inside is larger than all outside, the share of the mask for a constant map.
+
+    Examples::
+
+        >>> map = torch.tensor([[0.9, 0.1], [0.5, 0.2]])
+        >>> mask = torch.tensor([[True, False], [False, True]])
+        >>> round(average_precision(map, mask), 4)
+        0.8333
+    """
+    resized, inside = _resize(map, mask), _inside(mask)
+    order = np.argsort(-resized, axis=None)
+    values = resized.ravel()[order]
+    last = np.append(values[:-1] - values[1:] > _TIE * np.ptp(values), True).nonzero()[0]
+    hits = inside.ravel()[order].cumsum()[last]
+    return float((np.diff(hits, prepend=0) * hits / (last + 1)).sum() / hits[-1])
 
 
 def function_iou(function_maps: Array, noun_thresholds: Array | Sequence[float]) -> float:
