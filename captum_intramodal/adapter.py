@@ -29,8 +29,8 @@ from captum_intramodal.logit_lens import LogitLens
 
 __all__ = ["Encoding", "ModelAdapter", "check_images", "logits_gap", "stack_inputs"]
 
-# Model types whose processor takes one list of pictures per prompt.
-NESTED_IMAGES = ("idefics",)
+# Model types whose processor takes a prompt as a list of texts and pictures in their order.
+INTERLEAVED = ("idefics",)
 # Model types that tell the answer from the prompt by its token type.
 ANSWER_TYPES: dict[str, int] = {"paligemma": 1}
 
@@ -185,8 +185,7 @@ class ModelAdapter:
             return str(self.processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
         if not isinstance(prompt, str):
             raise ValueError("This processor has no chat template; pass the prompt as a string instead of messages.")
-        placeholder = getattr(self.processor, "image_token", None) or "<image>"
-        return f"{placeholder * n_images}{prompt}"
+        return f"{self._placeholder * n_images}{prompt}"
 
     def prepare(self, images: Sequence[Image.Image | Tensor], prompt: Prompt) -> dict[str, Any]:
         """Model inputs for a prompt about pictures, as the processor makes them, on the model's device."""
@@ -211,7 +210,7 @@ class ModelAdapter:
             ValueError: a processor that does not pad several prompts on the left. Others raise errors of their own
                 where they cannot stack pictures of different sizes.
         """
-        texts = [self.prompt_text(prompt, len(shown)) for prompt, shown in zip(prompts, images, strict=True)]
+        texts: list[Any] = [self.prompt_text(prompt, len(shown)) for prompt, shown in zip(prompts, images, strict=True)]
         extra, *others = [self._tokenizing(text) for text in texts]
         if any(other != extra for other in others):
             raise ValueError(
@@ -228,9 +227,10 @@ class ModelAdapter:
                 "do_sample_frames": False,
                 "return_metadata": True,  # Some write each frame's time into the prompt.
             }
+        elif self.model.config.model_type in INTERLEAVED:
+            texts = [self._interleave(text, shown) for text, shown in zip(texts, images, strict=True)]
         else:
-            nested = several or self.model.config.model_type in NESTED_IMAGES
-            extra["images"] = [list(shown) for shown in images] if nested else list(images[0])
+            extra["images"] = [list(shown) for shown in images] if several else list(images[0])
         batch = self.processor(text=texts, return_tensors="pt", **extra)
         inputs = {key: value.to(self.device) if isinstance(value, Tensor) else value for key, value in batch.items()}
         for name in ("labels", "video_metadata"):  # Nothing that the model reads.
@@ -244,6 +244,20 @@ class ModelAdapter:
             if mask is None or mask.shape != inputs["input_ids"].shape or bool((mask.long().diff(dim=1) < 0).any()):
                 raise ValueError(f"{type(self.processor).__name__} does not pad several prompts on the left.")
         return inputs
+
+    def _interleave(self, text: str, images: Sequence[Any]) -> list[Any]:
+        """A prompt's texts and pictures in their order; such processors begin it themselves."""
+        first, *others = text.removeprefix(self.tokenizer.bos_token or "").split(self._placeholder)
+        if len(others) != len(images):
+            raise ValueError(f"The prompt has {len(others)} places for pictures, but there are {len(images)}.")
+        pieces: list[Any] = [first]
+        for image, piece in zip(images, others, strict=True):
+            pieces += [image, piece]
+        return [piece for piece in pieces if not isinstance(piece, str) or piece.strip()]
+
+    @property
+    def _placeholder(self) -> str:
+        return getattr(self.processor, "image_token", None) or "<image>"
 
     def prepare_together(
         self, images: Sequence[Sequence[Image.Image | Tensor]], prompts: Sequence[Prompt]

@@ -873,7 +873,11 @@ def prepare(model: Any, processor: Any, images: Sequence[Image.Image], question:
     if getattr(processor, "image_processor", None) is None:
         # A model of videos sees a picture as four frames that are all the same.
         images = [image for image in images for _ in range(4)]
-    batch = processor(images=list(images), text=[text], **options)
+    if model.config.model_type == "idefics":  # Texts and pictures in their order, to which it puts its own first token.
+        before, after = text.removeprefix(processor.tokenizer.bos_token).split("<image>")
+        batch = processor(text=[[before, *images, after]], **options)
+    else:
+        batch = processor(images=list(images), text=[text], **options)
     return {k: v.float() if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in batch.items()}
 
 

@@ -78,8 +78,8 @@ def test_explain(model_type: str) -> None:
         assert geometry_oracle(model, prepare, [picture(320, 200)], boxes, blocks=12) >= 0.97
 
 
-# Not by this loop: each pass has noise of its own; the tokenizer adds a token to the answer; pictures are nested.
-NOT_BY_HAND = {"diffusion_gemma", "fuyu", "idefics"}
+# Not by this loop: each pass has noise of its own; the tokenizer adds a token to the answer.
+NOT_BY_HAND = {"diffusion_gemma", "fuyu"}
 
 
 @pytest.mark.slow
@@ -115,7 +115,7 @@ def test_feature_ablation(model_type: str) -> None:
 def test_a_type_in_no_table(model_type: str, monkeypatch: pytest.MonkeyPatch) -> None:
     tables: list[tuple[Any, str]] = [
         (adapter, "ANSWER_TYPES"),
-        (adapter, "NESTED_IMAGES"),
+        (adapter, "INTERLEAVED"),
         (coordinates, "NUMBERED_PATCHES"),
         (decoder, "FINAL_STATES"),
         (geometry, "CODE_RASTERS"),

@@ -143,3 +143,14 @@ def test_errors() -> None:
     with pytest.raises(ValueError, match="No gradient passes"):
         explain(model, processor, picture(), PROMPT, ANSWER, **by)
     assert not any(module._forward_pre_hooks for module in model.modules()) and torch.is_grad_enabled()
+
+
+def test_pictures_stand_where_the_prompt_has_them() -> None:
+    model, processor = build("idefics")
+    adapter = ModelAdapter(model, processor)
+    shown = [picture(96, 96)] * 2
+    read = processor.tokenizer.decode(adapter.prepare(shown, PROMPT)["input_ids"][0]).split()
+    tokens = [token for token in read if token != "<fake_token_around_image>"]
+    assert tokens == ["<s>", "user", ":", "<image>", ",", "<image>", ",", *PROMPT.split(), "assistant", ":"]
+    with pytest.raises(ValueError, match="1 places for pictures, but there are 2"):
+        adapter.prepare(shown, [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "what"}]}])

@@ -63,8 +63,7 @@ def ids_of(adapter: ModelAdapter, words: str) -> list[int]:
 
 
 def prepared(adapter: ModelAdapter, image: Image.Image) -> dict[str, Any]:
-    nested = adapter.model.config.model_type == "idefics"  # else it puts the picture elsewhere
-    return prepare(adapter.model, adapter.processor, [[image]] if nested else [image], PROMPT)  # type: ignore[list-item]
+    return prepare(adapter.model, adapter.processor, [image], PROMPT)
 
 
 def ordinary(adapter: ModelAdapter, image: Image.Image, answer: str = ANSWER) -> Tensor:
