@@ -10,9 +10,11 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from tiny import picture, tiny
+from torch import nn
 
 from captum_intramodal import Explanation, ModelAdapter, explain
 from captum_intramodal.canvas import canvas_grid, draw_on_canvas
+from captum_intramodal.hooks import first_tensor, replace_first_tensor
 from captum_intramodal.text import decode_pieces, find_spans, group_words
 
 FAMILIES = ["qwen2_vl", "qwen2_5_vl", "llava", "smolvlm", "idefics3", "internvl"]
@@ -200,11 +202,11 @@ def test_a_model_in_training_mode_is_explained_without_dropout(qwen: tuple[Any, 
     model, processor = tiny("qwen2_vl")
     arguments = (processor, picture(), "describe the picture", "a red dog")
     expected = explain(model, *arguments, scales=(1.0,))
-    handle = (
-        model.get_decoder()
-        .layers[0]
-        .register_forward_hook(lambda module, args, output: F.dropout(output, 0.5, module.training))
-    )
+
+    def drop(module: nn.Module, args: Any, output: Any) -> Any:
+        return replace_first_tensor(output, F.dropout(first_tensor(output), 0.5, module.training))
+
+    handle = model.get_decoder().layers[0].register_forward_hook(drop)
     actual = explain(model.train(), *arguments, scales=(1.0,))
     handle.remove()
     assert model.training

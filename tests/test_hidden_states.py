@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from captum_intramodal import HiddenStates, ModelAdapter, PixelForward
 from captum_intramodal.hidden_states import attribute_positions
+from captum_intramodal.hooks import first_tensor, replace_first_tensor
 
 
 @cache
@@ -91,9 +92,9 @@ def test_grad_cam_equals_its_formula(model_type: str) -> None:
     layer, target = forward.adapter.lens.layers[-2], forward.answer_ids[2]
     kept: list[Tensor] = []
 
-    def keep(module: nn.Module, args: Any, output: Any) -> Tensor:
-        kept.append(output.detach().requires_grad_())
-        return kept[-1]
+    def keep(module: nn.Module, args: Any, output: Any) -> Any:
+        kept.append(first_tensor(output).detach().requires_grad_())
+        return replace_first_tensor(output, kept[-1])
 
     handle = layer.register_forward_hook(keep)
     forward(picture)[0, 2, target].backward()
