@@ -425,19 +425,23 @@ class _Sweep:
             # Padding has no gain of its own.
             noise *= torch.where(map_.gain != 0, map_.gain, map_.gain.abs().max())
             self.changed[key] = base + noise.view(map_.shape).to(base)
-        self.argument, count = self._find_argument()
-        self.positions = visual_rows(model, inputs, self.argument, count).cpu()
-        self.rebase()
+        self.argument, base, same = self._find_argument()
+        self.positions = visual_rows(model, inputs, self.argument, len(base)).cpu()
+        self._set_base(self._visual(base), self._visual(same))
 
     def rebase(self) -> None:
         """Reads the reference; again whenever the model changes (attention bypassed or not)."""
-        self.base = self._hidden(self.inputs)
-        # Zero on any backend that repeats itself bit for bit.
-        self.noise = 4 * (self._hidden(self.inputs) - self.base).abs().amax(dim=1)
+        self._set_base(self._hidden(self.inputs), self._hidden(self.inputs))
 
-    def _find_argument(self) -> tuple[str | None, int]:
-        """The argument of the decoder's blocks that a change of the picture moves, and its number of states; None for
-        the sequence with its placeholders."""
+    def _set_base(self, base: Tensor, same: Tensor) -> None:
+        """Takes two equal passes for the reference."""
+        self.base = base
+        # Zero on any backend that repeats itself bit for bit.
+        self.noise = 4 * (same - base).abs().amax(dim=1)
+
+    def _find_argument(self) -> tuple[str | None, Tensor, Tensor]:
+        """The argument of the decoder's blocks that a change of the picture moves, None for the sequence with its
+        placeholders; and its states in two equal passes."""
         runs = self.inputs, self.inputs, {**self.inputs, **self.changed}
 
         def moves(base: Tensor, same: Tensor, changed: Tensor) -> bool:
@@ -447,16 +451,18 @@ class _Sweep:
         if moves(*sequence):
             ids = self.inputs.get("input_ids")
             before = image_token_id(self.model) is None and ids is not None and len(sequence[0]) > ids.shape[1]
-            return _SEQUENCE if before else None, len(sequence[0])
-        first, *more = [_arguments(self.model, inputs) for inputs in runs]
-        for name, states in first.items():
-            if moves(states, *(found[name] for found in more)):
-                return name, states.shape[:-1].numel()
-        return None, len(sequence[0])
+            return _SEQUENCE if before else None, sequence[0], sequence[1]
+        found = [_arguments(self.model, inputs) for inputs in runs]
+        for name in found[0]:
+            if moves(*(states[name] for states in found)):
+                return name, state_rows(found[0][name], name), state_rows(found[1][name], name)
+        return None, sequence[0], sequence[1]
+
+    def _visual(self, states: Tensor) -> Tensor:
+        return states[self.positions.to(states.device)].float()
 
     def _hidden(self, inputs: Mapping[str, Any]) -> Tensor:
-        states = _read_states(self.model, inputs, self.argument)
-        return states[self.positions.to(states.device)].float()
+        return self._visual(_read_states(self.model, inputs, self.argument))
 
     def owners(self) -> dict[str, Tensor] | None:
         r"""The one visual token that each pixel element feeds, by backward passes.
