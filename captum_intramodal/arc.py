@@ -13,7 +13,12 @@ from captum.attr import Attribution
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from captum_intramodal._captum import format_additional_forward_args, format_tensor_into_tuples, log_usage
+from captum_intramodal._captum import (
+    WrapperAttribution,
+    format_additional_forward_args,
+    format_tensor_into_tuples,
+    log_usage,
+)
 from captum_intramodal.hidden_states import (
     Reduction,
     attribute_positions,
@@ -149,7 +154,7 @@ def suppress_interference(
     return result.reshape(maps.shape)
 
 
-class ActivationRankingCorrelation(Attribution):
+class ActivationRankingCorrelation(WrapperAttribution):
     r"""
     Activation Ranking Correlation (arXiv 2509.22415): suppresses, in the map of a token, the activation that comes
     from irrelevant context, and keeps what is coherent with it.
@@ -279,11 +284,7 @@ class ActivationRankingCorrelation(Attribution):
 
     @property
     def multiplies_by_inputs(self) -> bool:
-        return self.attribution_method is not None and bool(self.attribution_method.multiplies_by_inputs)
-
-    def has_convergence_delta(self) -> bool:
-        """False: what is suppressed is missing from the sum that completeness speaks of."""
-        return False
+        return self.attribution_method is not None and super().multiplies_by_inputs
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -583,10 +584,6 @@ class ActivationRankingCorrelation(Attribution):
         if result.shape[0] != 1:
             raise ValueError(f"ARC attributes one example, got attributions of shape {tuple(result.shape)}.")
         return result
-
-    def attribute_future(self) -> None:
-        """This method is not implemented for ActivationRankingCorrelation."""
-        raise NotImplementedError("attribute_future is not implemented for ActivationRankingCorrelation")
 
 
 ARC = ActivationRankingCorrelation

@@ -12,7 +12,7 @@ from captum.attr import Attribution, GradientAttribution
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from captum_intramodal._captum import format_output, format_tensor_into_tuples, is_tuple, log_usage
+from captum_intramodal._captum import WrapperAttribution, format_output, format_tensor_into_tuples, is_tuple, log_usage
 from captum_intramodal.hooks import requires_grad_given_back
 from captum_intramodal.pyramid import Pyramid, Resize, layer_arguments
 
@@ -82,7 +82,7 @@ def aggregate(maps: Sequence[Tensor], weights: Tensor, aggregation: Aggregation 
     return (stack.clamp_min(1e-12).log() * column).sum(0).exp() * (stack > 0).all(0)
 
 
-class MultiScaleExplanationAggregation(Attribution):
+class MultiScaleExplanationAggregation(WrapperAttribution):
     r"""
     Multi-Scale Explanation Aggregation (arXiv 2509.22415, Eq. 4 and 5) around any Captum attribution method: the
     method explains the input at several scales, its attributions are brought back to the size of the original input,
@@ -146,6 +146,8 @@ class MultiScaleExplanationAggregation(Attribution):
             )
         if aggregation not in AGGREGATIONS:
             raise ValueError(f"aggregation must be one of {AGGREGATIONS}, got {aggregation!r}.")
+        if pyramid is not None and not (hasattr(pyramid, "down") and hasattr(pyramid, "back")):
+            raise TypeError(f"pyramid must have the methods of a Pyramid, such as Resize(); got {pyramid!r}.")
         self.attribution_method = attribution_method
         self.scales = check_scales(scales)
         self.weights = normalized_weights(self.scales, weights)
@@ -153,27 +155,10 @@ class MultiScaleExplanationAggregation(Attribution):
         self.pyramid = Resize() if pyramid is None else pyramid
         self.preserve_sum = preserve_sum
 
-    # What Captum asks of a method follows the inner one, also when that is changed later.
-    @property
-    def forward_func(self) -> Callable[..., Any]:
-        return self.attribution_method.forward_func
-
-    @forward_func.setter
-    def forward_func(self, value: Callable[..., Any]) -> None:
-        self.attribution_method.forward_func = value
-
-    @property
-    def multiplies_by_inputs(self) -> bool:
-        return bool(self.attribution_method.multiplies_by_inputs)
-
     @property
     def is_gradient_method(self) -> bool:
         inner = self.attribution_method
         return bool(getattr(inner, "is_gradient_method", isinstance(inner, GradientAttribution)))
-
-    def has_convergence_delta(self) -> bool:
-        """False: the sum over rescaled attributions is not the sum that completeness speaks of."""
-        return False
 
     @log_usage(part_of_slo=True)
     def attribute(self, inputs: Tensor | tuple[Tensor, ...], *args: Any, **kwargs: Any) -> Any:
@@ -236,10 +221,6 @@ class MultiScaleExplanationAggregation(Attribution):
             return self.preserve_sum
         grouped = any(kwargs.get(name) is not None for name in ("feature_mask", "layer_mask", "sliding_window_shapes"))
         return self.multiplies_by_inputs and not grouped
-
-    def attribute_future(self) -> None:
-        """This method is not implemented for MultiScaleExplanationAggregation."""
-        raise NotImplementedError("attribute_future is not implemented for MultiScaleExplanationAggregation")
 
 
 MSEA = MultiScaleExplanationAggregation

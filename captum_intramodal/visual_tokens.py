@@ -2,7 +2,7 @@ r"""From values at a decoder's positions to maps over the picture."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from captum.attr import Attribution
 from torch import Tensor
 
-from captum_intramodal._captum import format_tensor_into_tuples, log_usage
+from captum_intramodal._captum import WrapperAttribution, format_tensor_into_tuples, log_usage
 from captum_intramodal.adapter import ModelAdapter
 from captum_intramodal.canvas import canvas_grid, draw_on_canvas
 from captum_intramodal.hidden_states import (
@@ -72,7 +72,7 @@ def draw_positions(
     return maps
 
 
-class VisualTokenAttribution(Attribution):
+class VisualTokenAttribution(WrapperAttribution):
     r"""
     A layer method at a decoder layer as an attribution over the picture: the values at visual tokens, drawn where each
     token looks at. Whatever composes around attributions of pictures composes around it: MSEA, ARC, NoiseTunnel.
@@ -114,22 +114,6 @@ class VisualTokenAttribution(Attribution):
                 "The layer method's forward function must be a PixelForward, which knows what the picture becomes, "
                 f"got {type(self.forward_func).__name__}; for others, draw the values yourself with draw_positions."
             )
-
-    @property
-    def forward_func(self) -> Callable[..., Any]:
-        return self.attribution_method.forward_func
-
-    @forward_func.setter
-    def forward_func(self, value: Callable[..., Any]) -> None:
-        self.attribution_method.forward_func = value
-
-    @property
-    def multiplies_by_inputs(self) -> bool:
-        return bool(self.attribution_method.multiplies_by_inputs)
-
-    def has_convergence_delta(self) -> bool:
-        """False: the other positions' share is missing from the sum that completeness speaks of."""
-        return False
 
     @log_usage(part_of_slo=True)
     def attribute(
@@ -174,7 +158,3 @@ class VisualTokenAttribution(Attribution):
             tokens = forward.adapter.geometry([(width, height)]).is_local.sum()
             maps = maps * (tokens / seen.sum())
         return (maps,) if isinstance(inputs, tuple) else maps
-
-    def attribute_future(self) -> None:
-        """This method is not implemented for VisualTokenAttribution."""
-        raise NotImplementedError("attribute_future is not implemented for VisualTokenAttribution")

@@ -178,6 +178,8 @@ def test_bad_options(net: ConvNet, options: dict[str, Any], message: str) -> Non
 def test_bad_calls(net: ConvNet, image: Tensor) -> None:
     with pytest.raises(TypeError, match="Captum Attribution"):
         MSEA(net)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="such as Resize"):
+        MSEA(Saliency(torch.nn.Identity()), pyramid="resize")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="completeness"):
         MSEA(IntegratedGradients(net)).attribute(image, target=1, return_convergence_delta=True)
     with pytest.raises(ValueError, match="spatial"):
