@@ -32,7 +32,7 @@ from captum_intramodal.decoder import decoder_layers
 from captum_intramodal.explain import suppress_together
 from captum_intramodal.hooks import evaluation_mode
 from captum_intramodal.levels import Method, TokenLevel, find_sights, resize_pictures
-from captum_intramodal.metrics.faithfulness import PictureRemoval
+from captum_intramodal.metrics.faithfulness import IMPUTATIONS, Imputation, PictureRemoval
 from captum_intramodal.msea import Aggregation, aggregate, check_scales, normalized_weights
 from captum_intramodal.pixels import PixelForward
 from captum_intramodal.rankings import Normalization
@@ -52,7 +52,6 @@ __all__ = [
 
 Scales = Sequence[float] | Literal["auto"]
 Baseline = Literal["black", "mean", "blur"]
-Imputation = Literal["blur", "mean", "noisy_linear"]
 
 
 class Explainer(Protocol):
@@ -976,8 +975,8 @@ class GreedySearch(_Explainer):
     def __post_init__(self) -> None:
         _check_positive("cells", self.cells)
         _check_positive("batch_size", self.batch_size)
-        if self.imputation not in get_args(Imputation):
-            raise ValueError(f"imputation must be one of {', '.join(get_args(Imputation))}; got {self.imputation!r}.")
+        if self.imputation not in IMPUTATIONS:
+            raise ValueError(f"imputation must be one of {', '.join(IMPUTATIONS)}; got {self.imputation!r}.")
 
     def explain(
         self, adapter: ModelAdapter, pictures: list[Image.Image], prompt: Prompt, answer_ids: list[int]

@@ -72,8 +72,8 @@ class AnswerScorer:
             replaced keeps its column: the probability of what stood there.
 
         Raises:
-            ValueError: not as many lists of positions as prompts; or the processor makes prompts of different lengths
-                of the pictures, so that positions have no meaning.
+            ValueError: not as many lists of positions as prompts, or positions outside the sequence; the processor
+                makes prompts of different lengths of the pictures, so that positions have no meaning.
         """
         if replaced is not None and len(replaced) != len(pictures):
             raise ValueError(f"{len(replaced)} lists of positions for {len(pictures)} prompts.")
@@ -125,6 +125,9 @@ class AnswerScorer:
         key = "input_ids" if "input_ids" in inputs else "decoder_input_ids"
         ids = inputs[key].clone()
         for encoding, where in zip(encodings, positions, strict=True):
+            length = ids.shape[1] if self.adapter.is_encoder_decoder else len(encoding.input_ids)
+            if len(where) and not 0 <= int(where.min()) <= int(where.max()) < length:
+                raise ValueError(f"Positions {where.tolist()[:8]} lie outside the sequence of {length} tokens.")
             padding = 0 if self.adapter.is_encoder_decoder else ids.shape[1] - len(encoding.input_ids)
             ids[encoding.row, (where + padding).to(ids.device)] = token
         inputs[key] = ids

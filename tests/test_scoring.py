@@ -81,5 +81,7 @@ def test_misuse_is_refused(adapter: ModelAdapter, pictures: list[Image.Image]) -
         scorer.log_probability(pictures, [torch.tensor([5])])
     with pytest.raises(ValueError, match=r"bool \(N, 1\), got torch.float32 \(2, 1\)"):
         scorer.without_tokens(pictures[0], torch.tensor([5]), torch.zeros(2, 1))
+    with pytest.raises(ValueError, match=r"Positions \[9999\] lie outside"):
+        scorer.log_probability(pictures[:1], [torch.tensor([9999])])
     with pytest.raises(ValueError, match="positions in one are not those in another"):
         scorer.log_probability(pictures, [torch.tensor([0])] * 3)
