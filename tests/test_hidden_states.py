@@ -27,7 +27,10 @@ from captum_intramodal.hooks import first_tensor, replace_first_tensor
 
 @cache
 def pixel_forward(model_type: str) -> PixelForward:
-    return PixelForward(ModelAdapter(*tiny(model_type)), "describe the picture", "a red dog")
+    """One that runs pictures one by one, as where a model does not read stacked inputs."""
+    forward = PixelForward(ModelAdapter(*tiny(model_type)), "describe the picture", "a red dog")
+    forward.stacks = False
+    return forward
 
 
 class OnePass(nn.Module):
