@@ -16,10 +16,8 @@ A data set is anything with ``len``, ``dataset[i]`` that gives a :class:`Sample`
 from __future__ import annotations
 
 import hashlib
-import inspect
 import json
 import pkgutil
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -31,6 +29,7 @@ import numpy as np
 from PIL import Image
 
 from captum_intramodal.demo.scenes import CLASSES, SPRITES, Question, Scene, compose
+from captum_intramodal.specs import build, parse_spec
 
 __all__ = [
     "DATASETS",
@@ -579,42 +578,17 @@ def open_dataset(spec: str) -> EvaluationDataset:
         if (folder / "anno.json").is_file() or (folder / "annotations").is_dir():
             return TAMDataset(folder)
         raise ValueError(f"the folder {spec} has neither {FolderDataset.FILE} nor the TAM release's anno.json")
-    name, _, options = spec.partition(":")
+    name, options = parse_spec(spec)
     if name in DATASETS:
-        dataset = DATASETS[name]
-    else:
-        try:
-            dataset = pkgutil.resolve_name(name)
-        except (ValueError, ImportError, AttributeError) as error:
-            raise ValueError(
-                f"{spec!r} is no folder, and {name!r} none of {', '.join(DATASETS)} and no class ({error})"
-            ) from error
-    arguments = _parse_options(options)
+        return build(spec, DATASETS[name], options)
     try:
-        inspect.signature(dataset).bind(**arguments)
-    except TypeError as error:
-        raise ValueError(f"{spec!r}: {error}; {name} takes {inspect.signature(dataset)}") from error
-    return dataset(**arguments)
-
-
-def _parse_options(text: str) -> dict[str, Any]:
-    """``a=1,b=[2,3],c=word`` as a dict: JSON where a value is JSON up to the next comma, text otherwise."""
-    options: dict[str, Any] = {}
-    position = 0
-    while position < len(text):
-        name = re.compile(r"(\w+)=").match(text, position)
-        if name is None:
-            raise ValueError(f"option=value is expected at {text[position:]!r}")
-        try:
-            value, end = json.JSONDecoder().raw_decode(text, name.end())
-        except json.JSONDecodeError:
-            end = -1
-        if end != len(text) and text[end : end + 1] != ",":
-            end = (text + ",").index(",", name.end())
-            value = text[name.end() : end]
-        options[name[1]] = value
-        position = end + 1
-    return options
+        dataset = pkgutil.resolve_name(name)
+    except (ValueError, ImportError, AttributeError) as error:
+        raise ValueError(
+            f"{spec!r} is no folder, and {name!r} none of {', '.join(DATASETS)} and no class ({error})"
+        ) from error
+    own: EvaluationDataset = build(spec, dataset, options)
+    return own
 
 
 @contextmanager

@@ -8,7 +8,6 @@ An explainer turns an answer into one map per token over the original pictures. 
 from __future__ import annotations
 
 import json
-import re
 import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -38,6 +37,7 @@ from captum_intramodal.pixels import PixelForward
 from captum_intramodal.rankings import Normalization
 from captum_intramodal.reading import Reading, read_answer
 from captum_intramodal.scoring import AnswerScorer
+from captum_intramodal.specs import build, parse_spec
 from captum_intramodal.tam import token_activation_map
 from captum_intramodal.visual_tokens import VisualTokenAttribution, draw_positions
 
@@ -1128,11 +1128,9 @@ def make_explainer(spec: str) -> Explainer:
         >>> make_explainer("msea+arc+grad_cam:layer=-3").name
         'msea+arc+grad_cam'
     """
-    name, _, text = spec.strip().partition(":")
-    options = _parse_options(spec, text)
-    known = EXPLAINERS.get(name)
-    if known is not None:
-        return _build(spec, known, options)
+    name, options = parse_spec(spec)
+    if name in EXPLAINERS:
+        return build(spec, EXPLAINERS[name], options)
     around, _, base = name.rpartition("+")
     wrappers = around.split("+")
     if base not in EXPLAINERS or base in (*_AROUND, LogitLensMaps.name) or around not in ("msea", "arc", "msea+arc"):
@@ -1142,39 +1140,12 @@ def make_explainer(spec: str) -> Explainer:
         )
     own = {wrapper: _options_of(_AROUND[wrapper]) - {"base"} for wrapper in wrappers}
     inner = {key: value for key, value in options.items() if not any(key in names for names in own.values())}
-    explainer = _build(spec, EXPLAINERS[base], inner)
+    explainer = build(spec, EXPLAINERS[base], inner)
     for wrapper in wrappers:  # ARC is around MSEA.
         outer = {key: value for key, value in options.items() if key in own[wrapper]}
-        explainer = _build(spec, _AROUND[wrapper], outer | {"base": explainer})
+        explainer = build(spec, _AROUND[wrapper], outer | {"base": explainer})
     return explainer
 
 
 def _options_of(explainer: Any) -> set[str]:
     return {f.name for f in fields(explainer)}
-
-
-def _build(spec: str, explainer: Callable[..., Explainer], options: dict[str, Any]) -> Explainer:
-    if unknown := sorted(set(options) - _options_of(explainer)):
-        raise ValueError(
-            f"{spec!r} has options {', '.join(unknown)} that do not exist; there are "
-            f"{', '.join(sorted(_options_of(explainer))) or 'none'}."
-        )
-    try:
-        return explainer(**options)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{spec!r}: {error}") from error
-
-
-def _parse_options(spec: str, text: str) -> dict[str, Any]:
-    options: dict[str, Any] = {}
-    # Commas within brackets or quotes belong to a value.
-    for part in re.findall(r'(?:"[^"]*"|\[[^\]]*\]|[^,\["])+', text):
-        key, equals, value = part.partition("=")
-        key = key.strip()
-        if not equals or not key.isidentifier() or key in options:
-            raise ValueError(f"{spec!r}: options are name=value, each once, separated by commas; got {part!r}.")
-        try:
-            options[key] = json.loads(value)
-        except json.JSONDecodeError:
-            options[key] = value.strip()
-    return options
