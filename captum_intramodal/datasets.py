@@ -28,7 +28,8 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from PIL import Image
 
-from captum_intramodal.demo.scenes import CLASSES, SPRITES, Question, Scene, compose
+from captum_intramodal.demo.scenes import CLASSES, COLOURS, SPRITES, Question, Scene, compose
+from captum_intramodal.metrics.words import WordType
 from captum_intramodal.specs import build, parse_spec
 
 __all__ = [
@@ -60,6 +61,9 @@ class Sample:
             Default: no categories
         captions (tuple[str, ...], optional): Reference texts that a generated answer can be compared with.
             Default: ()
+        word_types (Mapping[str, str], optional): ``'noun'``, ``'function'`` or ``'other'`` for words, in lower case,
+            whose type is annotated; a tagger is asked about others.
+            Default: none are
 
     Raises:
         ValueError: a mask that is not bool or not of the picture's size, or, from ``image``, no readable picture.
@@ -79,6 +83,7 @@ class Sample:
     answer: str | None = None
     categories: Mapping[str, np.ndarray] = field(default_factory=dict)
     captions: tuple[str, ...] = ()
+    word_types: Mapping[str, WordType] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         width, height = self.size
@@ -137,6 +142,14 @@ _TASKS: dict[str, Callable[[Scene, np.random.Generator, tuple[str, ...]], Questi
 }
 
 
+# What the scenes' answers are made of, beside the classes.
+_WORD_TYPES: dict[str, WordType] = {
+    **dict.fromkeys(("picture", "nothing"), "noun"),
+    **dict.fromkeys("a an the some and there no yes".split(), "function"),
+    **dict.fromkeys(("shows", "is", ".", ",", *COLOURS), "other"),
+}
+
+
 class SceneDataset:
     r"""
     Composed scenes with exact masks: any number of them, from a seed (see
@@ -168,7 +181,8 @@ class SceneDataset:
         sprites (Path, optional): Folder with ``<name>.webp`` of each.
             Default: the demo's
 
-    Every sample has all ``classes`` as categories, with empty masks for those that its scene does not show.
+    Every sample has all ``classes`` as categories, with empty masks for those that its scene does not show, and the
+    types of all words that the answers are made of.
 
     Raises:
         ValueError: unknown task, no such sprite, or no such number of scenes.
@@ -242,7 +256,8 @@ class SceneDataset:
         question = self._question(scene, np.random.default_rng((seed, 1)), self._classes)
         # The union of no masks is empty.
         categories = {name: scene.mask_of(name) for name in self._classes}
-        return Sample(str(seed), scene.image, question.prompt, question.answer, categories, (scene.description,))
+        types: dict[str, WordType] = {**_WORD_TYPES, **dict.fromkeys(self._classes, "noun")}
+        return Sample(str(seed), scene.image, question.prompt, question.answer, categories, (scene.description,), types)
 
 
 class CocoDataset:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, ClassVar, Literal, Protocol, get_args
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol, get_args
 
 import numpy as np
 import torch
@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from captum_intramodal.adapter import Encoding, ModelAdapter, Prompt, check_images
-from captum_intramodal.arc import ARC, RankingPosition, Weighting, check_arc_options
+from captum_intramodal.arc import ARC, ContextRelevance, RankingPosition, Weighting, check_arc_options
 from captum_intramodal.canvas import draw_on_canvas
 from captum_intramodal.decoder import decoder_layers
 from captum_intramodal.explain import suppress_together
@@ -35,7 +35,7 @@ from captum_intramodal.metrics.faithfulness import IMPUTATIONS, Imputation, Pict
 from captum_intramodal.msea import Aggregation, aggregate, check_scales, normalized_weights
 from captum_intramodal.pixels import PixelForward
 from captum_intramodal.rankings import Normalization
-from captum_intramodal.reading import Reading, read_answer
+from captum_intramodal.reading import Reading, read_answer, text_positions
 from captum_intramodal.scoring import AnswerScorer
 from captum_intramodal.specs import build, parse_spec
 from captum_intramodal.tam import token_activation_map
@@ -44,6 +44,7 @@ from captum_intramodal.visual_tokens import VisualTokenAttribution, draw_positio
 __all__ = [
     "EXPLAINERS",
     "Explainer",
+    "TextMaps",
     "eager_attention",
     "greedy_inclusion",
     "make_explainer",
@@ -89,6 +90,20 @@ class Explainer(Protocol):
         """
 
 
+class TextMaps(NamedTuple):
+    r"""
+    Relevance of a sequence's text tokens for the answer's.
+
+    Args:
+
+        positions (Tensor): Positions of the P text tokens, the answer's included, int64 (P,).
+        values (Tensor): float32 (T, P) of the answer's T tokens, not negative; 0 for tokens that are not earlier.
+    """
+
+    positions: Tensor
+    values: Tensor
+
+
 @dataclass(kw_only=True)
 class _Explainer(ABC):
     """What all explainers share: checks, borrowed state, and settings from their fields."""
@@ -125,6 +140,24 @@ class _Explainer(ABC):
         self, adapter: ModelAdapter, pictures: list[Image.Image], prompt: Prompt, answer_ids: list[int]
     ) -> list[Tensor]:
         """The maps of checked input, in evaluation mode; negative values are clipped afterwards."""
+
+    def explain_text(
+        self, adapter: ModelAdapter, pictures: Sequence[Image.Image], prompt: Prompt, answer_ids: Sequence[int]
+    ) -> TextMaps:
+        r"""
+        What earlier text tokens matter to each of the answer's tokens.
+
+        Args:
+
+            adapter, pictures, prompt, answer_ids: As in a call.
+
+        Returns:
+            TextMaps: relevance of the sequence's text tokens.
+
+        Raises:
+            ValueError: an explainer that says nothing of text.
+        """
+        raise ValueError(f"{self.name} explains pictures only.")
 
 
 # --- One reading of the model for several explainers -----------------------------------------------------------------
@@ -297,11 +330,14 @@ class _RankingOptions:
         check_arc_options(self.k, self.p, self.normalization, self.weighting, self.ranking_position, self.strength)
         self.layers = tuple(self.layers)
 
-    def suppress(self, adapter: ModelAdapter, maps: Sequence[Tensor], reading: Reading) -> list[Tensor]:
-        """Of maps of all text tokens, or of the last ones, which are then each other's only context."""
+    def compare(self, adapter: ModelAdapter, reading: Reading) -> tuple[ARC, ContextRelevance]:
         arc = ARC(model=adapter.lens, **{f.name: getattr(self, f.name) for f in fields(_RankingOptions)})
         states = [reading.ranking_states[layer] for layer in arc.layers]
-        context = arc.compare(states, reading.last, reading.text.ids)
+        return arc, arc.compare(states, reading.last, reading.text.ids)
+
+    def suppress(self, adapter: ModelAdapter, maps: Sequence[Tensor], reading: Reading) -> list[Tensor]:
+        """Of maps of all text tokens, or of the last ones, which are then each other's only context."""
+        arc, context = self.compare(adapter, reading)
         last = (slice(-len(maps[0]), None),) * 2
         explained = replace(
             context,
@@ -350,6 +386,16 @@ class LogitLensMaps(_Explainer):
     ) -> list[Tensor]:
         reading = _read((adapter, pictures, prompt, answer_ids), self.wish)
         return [m[-len(answer_ids) :] for m in self.maps(adapter, reading)]
+
+    def explain_text(
+        self, adapter: ModelAdapter, pictures: Sequence[Image.Image], prompt: Prompt, answer_ids: Sequence[int]
+    ) -> TextMaps:
+        """Text activation, in ARC times rank-biased overlap: what is left where irrelevant context is suppressed."""
+        reading = _read((adapter, pictures, prompt, list(answer_ids)), self.wish)
+        ranking = self if isinstance(self, _RankingOptions) else _RankingOptions()
+        _, context = ranking.compare(adapter, reading)
+        weighting: Weighting = "relevance*text_activation" if ranking is self else "text_activation"
+        return TextMaps(reading.text.positions, context.weights(weighting)[-len(answer_ids) :].cpu())
 
     def maps(self, adapter: ModelAdapter, reading: Reading) -> list[Tensor]:
         """Of all text tokens."""
@@ -430,6 +476,12 @@ class TAM(_Explainer):
         )
         drawn = draw_on_canvas(maps, boxes, picture.size, (2 * grid[0], 2 * grid[1]))
         return [drawn[-len(answer_ids) :]]
+
+    def explain_text(
+        self, adapter: ModelAdapter, pictures: Sequence[Image.Image], prompt: Prompt, answer_ids: Sequence[int]
+    ) -> TextMaps:
+        """The text activation, by which it weighs its context."""
+        return LogitLensMaps(layer=self.layer).explain_text(adapter, pictures, prompt, answer_ids)
 
 
 # --- MSEA and ARC around any explainer -------------------------------------------------------------------------------
@@ -531,9 +583,25 @@ class _AttentionMaps(_Explainer):
     def explain(
         self, adapter: ModelAdapter, pictures: list[Image.Image], prompt: Prompt, answer_ids: list[int]
     ) -> list[Tensor]:
-        sizes = [picture.size for picture in pictures]
-        _check_sequence(self, adapter, sizes)
-        encoding = adapter.encode(adapter.prepare(pictures, prompt), answer_ids)
+        encoding, values = self.read(adapter, pictures, prompt, answer_ids)
+        return draw_positions(values, adapter, encoding.input_ids, [picture.size for picture in pictures])
+
+    def explain_text(
+        self, adapter: ModelAdapter, pictures: Sequence[Image.Image], prompt: Prompt, answer_ids: Sequence[int]
+    ) -> TextMaps:
+        """The same values at the text tokens."""
+        with torch.enable_grad(), evaluation_mode(adapter.model, gradients=True):
+            encoding, values = self.read(adapter, pictures, prompt, answer_ids)
+        positions = text_positions(adapter, encoding)
+        # The position before a token sees all up to itself.
+        return TextMaps(positions, values.detach().float().clamp_min(0).cpu()[:, positions])
+
+    def read(
+        self, adapter: ModelAdapter, pictures: Sequence[Image.Image], prompt: Prompt, answer_ids: Sequence[int]
+    ) -> tuple[Encoding, Tensor]:
+        """The sequence, and what each of its positions says of the answer's T tokens, (T, positions)."""
+        _check_sequence(self, adapter, [picture.size for picture in pictures])
+        encoding = adapter.encode(adapter.prepare(list(pictures), prompt), list(answer_ids))
         length, layers = len(encoding.input_ids), len(decoder_layers(adapter.model))
         with eager_attention(adapter.model):
             output = self.run(adapter, encoding)
@@ -546,8 +614,7 @@ class _AttentionMaps(_Explainer):
                 f"shape {', '.join(map(str, shapes)) or 'none'}; {self.name} needs (1, heads, {length}, {length}) of "
                 f"{'all layers' if self.needs_all_layers else 'at least one'}."
             )
-        values = self.rows(encoding, output.logits[0], attentions)
-        return draw_positions(values, adapter, encoding.input_ids, sizes)
+        return encoding, self.rows(encoding, output.logits[0], attentions)
 
     def run(self, adapter: ModelAdapter, encoding: Encoding) -> Any:
         with torch.no_grad():
@@ -1039,6 +1106,15 @@ class RandomMaps(_Explainer):
             noise = generator.random((len(answer_ids), *_grid(picture, self.cells)), np.float32)
             maps.append(torch.from_numpy(noise))
         return maps
+
+    def explain_text(
+        self, adapter: ModelAdapter, pictures: Sequence[Image.Image], prompt: Prompt, answer_ids: Sequence[int]
+    ) -> TextMaps:
+        encoding = adapter.encode(adapter.prepare(list(pictures), prompt), list(answer_ids))
+        positions = text_positions(adapter, encoding)
+        generator = np.random.default_rng([self.seed, *answer_ids])
+        noise = torch.from_numpy(generator.random((len(answer_ids), len(positions)), np.float32))
+        return TextMaps(positions, noise * (positions < positions[-len(answer_ids) :, None]))
 
 
 @dataclass(kw_only=True)
