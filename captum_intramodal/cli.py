@@ -246,7 +246,7 @@ class _Process:
     def __init__(self) -> None:
         self.rank, self.world_size, self.device = 0, 1, None
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            from accelerate import PartialState
+            from accelerate import PartialState  # type: ignore[import-untyped]
 
             state = PartialState()
             self.rank, self.world_size, self.device = state.process_index, state.num_processes, str(state.device)

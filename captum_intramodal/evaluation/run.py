@@ -219,9 +219,7 @@ def _answer(adapter: ModelAdapter, sample: Sample, answers: str, max_new_tokens:
         return adapter.generate(adapter.prepare([sample.image], sample.prompt), max_new_tokens)
 
 
-def _record(
-    case: Case, explainers: Mapping[str, Explainer], metrics: Sequence[Metric], timing: bool
-) -> dict[str, Any]:
+def _record(case: Case, explainers: Mapping[str, Explainer], metrics: Sequence[Metric], timing: bool) -> dict[str, Any]:
     record: dict[str, Any] = {
         "id": case.sample.id,
         "answer": case.answer,
