@@ -1,4 +1,4 @@
-"""Is an explanation true? Explainers compared on a data set: a resumable run, its metrics, and the table it comes to."""
+"""Is an explanation true? Explainers compared on a data set: a resumable run, its metrics and the resulting table."""
 
 from captum_intramodal.evaluation.case import AnswerWord, Case
 from captum_intramodal.evaluation.leaderboard import Column, Leaderboard, make_leaderboard
