@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import typer
 from rich.console import Console
-from rich.markdown import Markdown
 from rich.markup import escape
 from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn
-from rich.table import Table
+from rich.table import Column, Table
 
 if TYPE_CHECKING:
+    from captum_intramodal.evaluation import Leaderboard
     from captum_intramodal.explanation import Explanation
 
 app = typer.Typer(
@@ -236,8 +236,22 @@ def evaluate(
             progress=lambda done, total: bar.update(task, completed=done, total=total),
         )
     if board is not None:
-        console.print(Markdown(board.to_markdown()))
-        console.print(f"\nOpen [bold]{escape(str(out / 'index.html'))}[/] in a browser; tables are beside it.")
+        _print_board(board)
+        console.print(f"\nIntervals, tests and plots: [bold]{escape(str(out / 'index.html'))}[/]; tables beside it.")
+
+
+def _print_board(board: Leaderboard) -> None:
+    table = Table(
+        Column("explainer", overflow="fold"),
+        *(f"{c.title} {'↑' if c.higher_is_better else '↓'}" for c in board.columns),
+    )
+    for label, row in board.rows.items():
+        cells = [f"{row[c.name].interval.estimate:.3f}" if c.name in row else "–" for c in board.columns]
+        table.add_row(escape(label), *cells)
+    console.print(table)
+    for label, reasons in board.coverage.skipped.items():
+        for reason, count in reasons.items():
+            console.print(f"{escape(label)} left out {count} of {board.coverage.samples} samples: {escape(reason)}")
 
 
 class _Process:
