@@ -21,6 +21,7 @@ import numpy as np
 import numpy.typing as npt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullLocator
 
 from captum_intramodal.metrics.faithfulness import FRACTIONS
 from captum_intramodal.metrics.statistics import Floats, Interval, permutation_p, resamples, swaps
@@ -177,7 +178,7 @@ class Leaderboard:
         headings = [_escape(heading) for heading in tables.headings]
         blocks = [
             f"{_legend(self)} **Best** in bold.",
-            _markdown_table(["explainer", *headings, "seconds per sample"], values),
+            _markdown_table(["explainer", *headings, "seconds"], values),
         ]
         if differences:
             blocks += [
@@ -547,8 +548,7 @@ def _tables(board: Leaderboard, digits: int) -> _Tables:
             )
         words, samples = (_range([getattr(cell, what) for cell in cells.values()]) for what in ("words", "samples"))
         coverage.append((column.title, words, samples))
-    decimals = _decimals(list(board.seconds.values()), 2)
-    seconds = {label: _fixed(value, decimals) for label, value in board.seconds.items()}
+    seconds = {label: _fixed(value, _decimals([value], 2)) for label, value in board.seconds.items()}
     of_types = ", ".join(f"{kind} {count}" for kind, count in board.coverage.words.items())
     return _Tables(
         [f"{column.title} {'↑' if column.higher_is_better else '↓'}" for column in board.columns],
@@ -652,7 +652,7 @@ _COLOURS = {"▲": "#1f6fb4", "": "#8b919e", "▼": "#d1651a"}
 _CURVE_COLOURS = ("#1f6fb4", "#d1651a", "#3b8f5a", "#8458a8", "#a8456b", "#7a6a2f")
 
 # Longest label in a plot, in letters.
-_LABEL = 36
+_LABEL = 32
 
 
 class _Plot(NamedTuple):
@@ -695,7 +695,7 @@ def _short(label: str) -> str:
 
 
 def _margin(board: Leaderboard) -> float:
-    return 0.3 + 0.068 * max(len(_short(label)) for label in board.rows)
+    return 0.2 + 0.054 * max(len(_short(label)) for label in board.rows)
 
 
 def _plot_values(board: Leaderboard) -> list[_Plot]:
@@ -705,7 +705,7 @@ def _plot_values(board: Leaderboard) -> list[_Plot]:
     plots = []
     for column in board.columns:
         cells = [(y, label, board.rows[label].get(column.name)) for y, label in enumerate(labels)]
-        figure, axes = _axes(left + 2.7, 0.8 + 0.21 * len(labels), left, bottom=0.3)
+        figure, axes = _axes(left + 2.15, 0.8 + 0.21 * len(labels), left, bottom=0.3)
         for y, label, cell in cells:
             if cell is None:
                 continue
@@ -733,7 +733,7 @@ def _plot_curves(board: Leaderboard) -> list[_Plot]:
     span = float(np.ptp(every)) or 1.0
     plots = []
     for label, curves in board.curves.items():
-        figure, axes = _axes(3.4, 2.6, 0.5)
+        figure, axes = _axes(2.9, 2.4, 0.45)
         for index, name in enumerate(names):
             colour = _CURVE_COLOURS[index % len(_CURVE_COLOURS)]
             if label != board.reference and (dashed := board.curves.get(board.reference, {}).get(name)):
@@ -767,8 +767,9 @@ def _plot_cost(board: Leaderboard) -> _Plot | None:
     right = _margin(board)
     figure, axes = _axes(5.4 + right, max(3.4, 1.0 + 0.19 * len(points)), 0.65, right + 0.2)
     axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    axes.xaxis.set_minor_formatter(lambda value, _: "")
+    axes.xaxis.set_minor_locator(NullLocator())
     for seconds, interval, label in points:
         pair = against.get((label, column.name))
         colour = _INK if label == board.reference else _COLOURS[_mark(pair.difference, column) if pair else ""]
