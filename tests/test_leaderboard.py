@@ -18,7 +18,7 @@ import pytest
 from test_page_in_browser import CHROMIUM, DRIVER, start
 from test_report import ATTACK, Page
 
-from captum_intramodal.leaderboard import Column, Comparison, Leaderboard, make_leaderboard
+from captum_intramodal.evaluation.leaderboard import Column, Comparison, Leaderboard, make_leaderboard
 from captum_intramodal.metrics import FRACTIONS, bootstrap_interval, f1_iou, paired_bootstrap_difference
 from captum_intramodal.metrics.statistics import paired_permutation_test
 

@@ -729,6 +729,8 @@ def _plot_values(board: Leaderboard) -> list[_Plot]:
 def _plot_curves(board: Leaderboard) -> list[_Plot]:
     """One panel for each explainer: its mean curves, and the reference's dashed."""
     names = list(dict.fromkeys(name for curves in board.curves.values() for name in curves))
+    if not names:
+        return []
     every = np.array([point for curves in board.curves.values() for curve in curves.values() for point in curve])
     span = float(np.ptp(every)) or 1.0
     plots = []
