@@ -34,6 +34,7 @@ from captum_intramodal.metrics import (
     average_precision,
     deletion_curve,
     insertion_curve,
+    otsu_threshold,
     randomization_check,
     tam_scores,
 )
@@ -142,12 +143,17 @@ def test_true_masks_are_found_by_every_metric_of_place() -> None:
     maps = Fixed(case().sample)(case().adapter, [], "", case().answer_ids)[0]
     found = measure("f1_iou", maps).scores
     assert found["obj_iou"] == {"4": 1.0, "7": 1.0}
-    # Function words light up nowhere; "picture" is a noun whose map is empty: its threshold is 0.
-    assert found["func_iou"] == {"0": 1.0, "3": 1.0, "5": 1.0, "6": 1.0}
     for name in ("pointing", "energy", "average_precision"):
         assert measure(name, maps).scores[name] == pytest.approx({"4": 1.0, "7": 1.0})
     assert measure("obj_iou", maps).scores == {"obj_iou": found["obj_iou"]}
     assert measure("func_iou", maps).scores == {"func_iou": found["func_iou"]}
+
+
+def test_function_words_are_compared_with_the_thresholds_of_all_nouns() -> None:
+    maps = torch.rand(len(case().answer_ids), 12, 16)
+    thresholds = [otsu_threshold(maps[token]) for token in (1, 4, 7)]
+    expected = {str(i): float((maps[i] < sum(thresholds) / 3).float().mean()) for i in (0, 3, 5, 6)}
+    assert measure("f1_iou", maps).scores["func_iou"] == pytest.approx(expected)
 
 
 def test_the_best_token_of_a_word_counts_for_obj_iou_and_their_mean_elsewhere() -> None:
@@ -197,11 +203,13 @@ def test_removal_of_regions_is_that_of_the_metrics_by_hand() -> None:
     assert found.scores == {"answer_insertion": {"answer": pytest.approx(area_under_curve(curve), abs=1e-5)}}
 
 
-def test_road_is_zero_for_no_information_and_high_for_the_masks() -> None:
+def test_road_is_high_for_the_masks_and_its_negative_for_their_opposite() -> None:
     masks = Fixed(case().sample)(case().adapter, [], "", case().answer_ids)[0]
-    good = measure("road", masks).scores["road"]
-    bad = measure("road", masks.amax((1, 2), keepdim=True) - masks).scores["road"]
-    assert min(good.values()) > 0.1 and max(bad.values()) < 0
+    order = masks + torch.rand_like(masks) / 2  # Without ties.
+    good = measure("road", order).scores["road"]
+    bad = measure("road", 1.5 - order).scores["road"]
+    assert min(good.values()) > 0.1
+    assert bad == pytest.approx({i: -value for i, value in good.items()}, abs=1e-6)
 
 
 def test_removal_of_words_by_hand() -> None:

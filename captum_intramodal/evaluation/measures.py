@@ -18,6 +18,7 @@ from captum.metrics import infidelity, sensitivity_max
 from PIL import Image
 from torch import Tensor
 
+from captum_intramodal._captum import format_tensor_into_tuples
 from captum_intramodal.evaluation.case import Case
 from captum_intramodal.evaluation.leaderboard import Column
 from captum_intramodal.explainers import Explainer, shared_readings
@@ -430,10 +431,10 @@ class Sensitivity(Metric):
         if not words or not float(maps.max()) > 0:
             return
 
-        def explain(pixels: tuple[Tensor, ...]) -> Tensor:
-            pictures = [_picture(each) for each in pixels[0]]
-            noisy = [explainer(case.adapter, [picture], case.sample.prompt, case.answer_ids)[0] for picture in pictures]
-            return torch.stack([torch.stack([_mean_map(each, word.tokens) for word in words]) for each in noisy])
+        def explain(pixels: Tensor | tuple[Tensor, ...]) -> tuple[Tensor]:
+            shown = [_picture(each) for each in format_tensor_into_tuples(pixels)[0]]
+            each = [explainer(case.adapter, [picture], case.sample.prompt, case.answer_ids)[0] for picture in shown]
+            return (torch.stack([torch.stack([_mean_map(maps, word.tokens) for word in words]) for maps in each]),)
 
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
