@@ -184,6 +184,10 @@ def evaluate(
         str | None, typer.Option(help="Dotted name of a tagger such as nltk.pos_tag. Default: HanTa.")
     ] = None,
     timing: Annotated[bool, typer.Option("--timing", help="Measure seconds; explainers then share no passes.")] = False,
+    fractions: Annotated[
+        str | None,
+        typer.Option(help="Where curves are measured, such as 0,0.01,0.02,0.05,0.1,0.2. Default: 0,0.1,...,1."),
+    ] = None,
     batch_size: Annotated[int, typer.Option(help="Prompts that metrics run together.", min=1)] = 16,
     dtype: DtypeOption = "auto",
     device: DeviceOption = "auto",
@@ -201,6 +205,7 @@ def evaluate(
         from captum_intramodal.evaluation import DEFAULT_EXPLAINERS, DEFAULT_METRICS, make_metric
         from captum_intramodal.evaluation import evaluate as run
         from captum_intramodal.explainers import make_explainer
+        from captum_intramodal.metrics import FRACTIONS
     chosen = _split(explainers) or DEFAULT_EXPLAINERS
     measured = _split(metrics) or DEFAULT_METRICS
     with _one_line():  # What can be checked without the model is checked before it is loaded.
@@ -230,6 +235,7 @@ def evaluate(
             tagger=tag,
             reference=reference,
             timing=timing,
+            fractions=FRACTIONS if fractions is None else _parse_fractions(fractions),
             batch_size=batch_size,
             rank=process.rank,
             world_size=process.world_size,
@@ -269,6 +275,13 @@ class _Process:
 def _split(specs: list[str] | None) -> list[str]:
     """Specs are separated by space; there is none in them."""
     return [spec for group in specs or () for spec in group.split()]
+
+
+def _parse_fractions(fractions: str) -> tuple[float, ...]:
+    try:
+        return tuple(float(part) for part in fractions.split(","))
+    except ValueError:
+        fail(f"--fractions takes numbers separated by commas such as 0,0.02,0.05,0.1; got {fractions!r}.")
 
 
 def _resolve(name: str) -> Any:

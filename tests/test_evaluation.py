@@ -203,6 +203,16 @@ def test_removal_of_regions_is_that_of_the_metrics_by_hand() -> None:
     assert found.scores == {"answer_insertion": {"answer": pytest.approx(area_under_curve(curve), abs=1e-5)}}
 
 
+def test_curves_are_measured_where_the_run_asks(tmp_path: Path) -> None:
+    steps = (0, 0.02, 0.1)
+    evaluate(*demo(), "scenes:count=1", tmp_path, ["centre_gaussian"], ["deletion", "road"], fractions=steps)
+    record = json.loads((tmp_path / "samples.jsonl").read_text())
+    curves = record["curves"]["centre_gaussian"]["deletion"]
+    assert {len(curve) for curve in curves.values()} == {3}
+    expected = {i: ((a + b) / 2 * 0.02 + (b + c) / 2 * 0.08) / 0.1 for i, (a, b, c) in curves.items()}
+    assert record["scores"]["centre_gaussian"]["deletion"] == pytest.approx(expected, abs=1e-5)
+
+
 def test_road_is_high_for_the_masks_and_its_negative_for_their_opposite() -> None:
     masks = Fixed(case().sample)(case().adapter, [], "", case().answer_ids)[0]
     order = masks + torch.rand_like(masks) / 2  # Without ties.
@@ -380,6 +390,8 @@ def test_runs_that_cannot_be(tmp_path: Path) -> None:
         ("new", ["random"], {"reference": "tam"}, "reference='tam' is none of the explainers random"),
         ("new", ["random"], {"rank": 2, "world_size": 2}, "rank must be from 0 to 1"),
         ("new", ["random"], {"answers": "mine"}, "'mine'"),
+        ("new", ["random"], {"fractions": (0, 0.5, 0.1)}, "must increase"),
+        ("new", ["random"], {"fractions": (0.5,)}, "at least 2"),
         ("new", ["random"], {"metrics": ["deletion", "deletion:seed=1"]}, "one column 'deletion'"),
     ):
         with pytest.raises(ValueError, match=said):

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from captum_intramodal.adapter import ModelAdapter
 from captum_intramodal.datasets import Sample
+from captum_intramodal.metrics.faithfulness import FRACTIONS
 from captum_intramodal.metrics.words import Tagger, WordType, match_categories, word_types
 from captum_intramodal.scoring import AnswerScorer
 from captum_intramodal.text import decode_pieces, group_words
@@ -55,6 +56,8 @@ class Case:
                     Default: None
         batch_size (int, optional): Prompts that run together; memory grows with it.
                     Default: 16
+        fractions (Sequence[float], optional): Where the curves of insertion, deletion and ROAD are measured.
+                    Default: 0, 0.1, ..., 1
 
     Attributes:
         answer (str): its text.
@@ -66,6 +69,7 @@ class Case:
     answer_ids: Sequence[int]
     tagger: Tagger | None = None
     batch_size: int = 16
+    fractions: Sequence[float] = FRACTIONS
     _known: dict[bytes, Tensor] = field(default_factory=dict, init=False, repr=False)
 
     @cached_property

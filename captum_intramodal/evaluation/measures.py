@@ -58,7 +58,7 @@ class Measured:
 
     Attributes:
         scores (dict): column -> index of a word, or ``'answer'`` -> number.
-        curves (dict): likewise, of curves over :data:`~captum_intramodal.metrics.FRACTIONS`.
+        curves (dict): likewise, of curves over the case's fractions.
     """
 
     scores: dict[str, dict[str, float]] = field(default_factory=dict)
@@ -275,14 +275,16 @@ class _RemovalMetric(Metric):
             targets = {ANSWER: (range(len(maps)), torch.stack([map for _, map in targets.values()]).mean(0))}
         for where, (tokens, map) in targets.items():
             removal = PictureRemoval(case.score(tokens), case.sample.image, self.imputation, self.seed)
-            curve, values = self.remove(removal, removal.importance(map))
+            curve, values = self.remove(removal, removal.importance(map), case.fractions)
             for column, value in zip(self.columns, values, strict=True):
                 found.add(column.name, where, value)
             if curve is not None:
                 found.add_curve(self.columns[0].name, where, curve)
 
     @abstractmethod
-    def remove(self, removal: PictureRemoval, importance: np.ndarray) -> tuple[np.ndarray | None, tuple[float, ...]]:
+    def remove(
+        self, removal: PictureRemoval, importance: np.ndarray, fractions: Sequence[float]
+    ) -> tuple[np.ndarray | None, tuple[float, ...]]:
         """A curve to draw, and a number for each column."""
 
 
@@ -293,9 +295,11 @@ class Insertion(_RemovalMetric):
     name: ClassVar[str] = "insertion"
     of_words: ClassVar[tuple[Column, ...]] = (Column("insertion", "insertion", True),)
 
-    def remove(self, removal: PictureRemoval, importance: np.ndarray) -> tuple[np.ndarray | None, tuple[float, ...]]:
-        curve = insertion_curve(removal, importance, seed=self.seed)
-        return curve, (area_under_curve(curve),)
+    def remove(
+        self, removal: PictureRemoval, importance: np.ndarray, fractions: Sequence[float]
+    ) -> tuple[np.ndarray | None, tuple[float, ...]]:
+        curve = insertion_curve(removal, importance, fractions, self.seed)
+        return curve, (area_under_curve(curve, fractions),)
 
 
 @dataclass(kw_only=True)
@@ -305,9 +309,11 @@ class Deletion(_RemovalMetric):
     name: ClassVar[str] = "deletion"
     of_words: ClassVar[tuple[Column, ...]] = (Column("deletion", "deletion", False), Column("aopc", "AOPC", True))
 
-    def remove(self, removal: PictureRemoval, importance: np.ndarray) -> tuple[np.ndarray | None, tuple[float, ...]]:
-        curve = deletion_curve(removal, importance, seed=self.seed)
-        return curve, (area_under_curve(curve), aopc(curve))
+    def remove(
+        self, removal: PictureRemoval, importance: np.ndarray, fractions: Sequence[float]
+    ) -> tuple[np.ndarray | None, tuple[float, ...]]:
+        curve = deletion_curve(removal, importance, fractions, self.seed)
+        return curve, (area_under_curve(curve, fractions), aopc(curve))
 
 
 @dataclass(kw_only=True)
@@ -319,8 +325,11 @@ class Road(_RemovalMetric):
 
     imputation: Imputation = "noisy_linear"
 
-    def remove(self, removal: PictureRemoval, importance: np.ndarray) -> tuple[np.ndarray | None, tuple[float, ...]]:
-        return None, (road(removal, importance, seed=self.seed),)
+    def remove(
+        self, removal: PictureRemoval, importance: np.ndarray, fractions: Sequence[float]
+    ) -> tuple[np.ndarray | None, tuple[float, ...]]:
+        inner = [fraction for fraction in fractions if 0 < fraction < 1]  # At the ends all maps are equal.
+        return None, (road(removal, importance, inner, self.seed),)
 
 
 @dataclass(kw_only=True)
@@ -347,8 +356,8 @@ class TextRemoval(Metric):
             relevance = text.values[list(word.tokens), :earlier].mean(0)
             removal = TokenRemoval(case.scorer, picture, text.positions[:earlier], word.tokens)
             for column, curve_of in (("text_insertion", insertion_curve), ("text_deletion", deletion_curve)):
-                curve = curve_of(removal, relevance, seed=self.seed)
-                found.add(column, index, area_under_curve(curve))
+                curve = curve_of(removal, relevance, case.fractions, self.seed)
+                found.add(column, index, area_under_curve(curve, case.fractions))
                 found.add_curve(column, index, curve)
 
 

@@ -18,6 +18,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from transformers import PreTrainedModel
 
@@ -29,6 +30,7 @@ from captum_intramodal.evaluation.leaderboard import Column, Leaderboard, make_l
 from captum_intramodal.evaluation.measures import Measured, Metric, make_metric
 from captum_intramodal.explainers import Explainer, make_explainer, shared_readings
 from captum_intramodal.hooks import evaluation_mode
+from captum_intramodal.metrics import FRACTIONS, area_under_curve, insertion_curve
 from captum_intramodal.metrics.words import Tagger
 
 __all__ = ["DEFAULT_EXPLAINERS", "DEFAULT_METRICS", "evaluate"]
@@ -54,6 +56,7 @@ def evaluate(
     tagger: Tagger | None = None,
     reference: str | None = None,
     timing: bool = False,
+    fractions: Sequence[float] = FRACTIONS,
     batch_size: int = 16,
     rank: int = 0,
     world_size: int = 1,
@@ -92,6 +95,9 @@ def evaluate(
                     Default: None, the first
         timing (bool, optional): Measure the seconds of each explainer; then they do not share passes of the model.
                     Default: False
+        fractions (Sequence[float], optional): Where the curves of insertion, deletion and ROAD are measured. Where
+                    objects are small, maps differ in the first few percent: ``(0, 0.01, 0.02, 0.05, 0.1, 0.2)``.
+                    Default: 0, 0.1, ..., 1
         batch_size (int, optional): Prompts that metrics run together; memory grows with it.
                     Default: 16
         rank, world_size (int, optional): This process takes each ``world_size``-th of the samples, from ``rank`` on.
@@ -126,6 +132,8 @@ def evaluate(
         raise ValueError(f"reference={reference!r} is none of the explainers {', '.join(compared)}.")
     if answers not in ("dataset", "model"):
         raise ValueError(f"answers must be 'dataset' or 'model', got {answers!r}.")
+    # What does not increase from 0 to 1 is told before anything runs.
+    area_under_curve(insertion_curve(lambda kept: np.zeros(len(kept)), np.zeros(1), fractions), fractions)
     if not 0 <= rank < world_size:
         raise ValueError(f"rank must be from 0 to {world_size - 1}, got {rank}.")
 
@@ -142,17 +150,20 @@ def evaluate(
             "tagger": None if tagger is None else f"{tagger.__module__}.{getattr(tagger, '__qualname__', tagger)}",
             "reference": reference or next(iter(compared)),
             "timing": timing,
+            "fractions": list(fractions),
         }
     )
     with nullcontext() if timing else shared_readings(compared.values()):
         for index in range(rank, len(dataset), world_size):
             if not run.has(index):
                 sample = dataset[index]
-                case = Case(adapter, sample, _answer(adapter, sample, answers, max_new_tokens), tagger, batch_size)
+                case = Case(
+                    adapter, sample, _answer(adapter, sample, answers, max_new_tokens), tagger, batch_size, fractions
+                )
                 run.write(index, _record(case, compared, measured, timing))
             if progress is not None:
                 progress(run.done(), len(dataset))
-    return run.finish(columns, reference) if run.done() == len(dataset) else None
+    return run.finish(columns, reference, fractions) if run.done() == len(dataset) else None
 
 
 def _by_spec(specs: Iterable[str], make: Callable[[str], Any]) -> dict[str, Any]:
@@ -292,10 +303,10 @@ class _Run:
     def write(self, index: int, record: Mapping[str, Any]) -> None:
         self._replace(self._file(index), json.dumps({"index": index, **record}, ensure_ascii=False) + "\n")
 
-    def finish(self, columns: Sequence[Column], reference: str | None) -> Leaderboard:
+    def finish(self, columns: Sequence[Column], reference: str | None, fractions: Sequence[float]) -> Leaderboard:
         lines = [self._file(index).read_text(encoding="utf-8") for index in range(self.count)]
         records = [json.loads(line) for line in lines]
-        board = make_leaderboard(records, columns, reference)
+        board = make_leaderboard(records, columns, reference, fractions=fractions)
         manifest = self._manifest(coverage(records))
         self._replace(self.out / "samples.jsonl", "".join(lines))
         self._replace(self.out / "manifest.json", manifest)
