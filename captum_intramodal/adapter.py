@@ -24,7 +24,7 @@ from captum_intramodal.geometry import (
     image_token_id,
     visual_positions,
 )
-from captum_intramodal.hooks import evaluation_mode
+from captum_intramodal.hooks import StepStates, evaluation_mode
 from captum_intramodal.logit_lens import LogitLens
 
 __all__ = ["Encoding", "ModelAdapter", "check_images", "logits_gap", "stack_inputs"]
@@ -340,6 +340,32 @@ class ModelAdapter:
         """Greedy answer to each prompt of a left-padded batch as token ids, without the tokens that end it."""
         answers = self._generate(inputs, max_new_tokens).sequences[:, self.sequence_length(inputs) :]
         return [self._strip_end(self._until_end(answer.tolist())) for answer in answers]
+
+    def generate_with_states(
+        self, inputs: Mapping[str, Any], max_new_tokens: int, layers: Sequence[torch.nn.Module], kept: Sequence[Tensor]
+    ) -> tuple[list[list[int]], StepStates | None]:
+        r"""
+        As :meth:`generate_batch`, and what decoder layers say meanwhile, so that the answers need not be read again.
+
+        Args:
+
+            inputs (Mapping): A left-padded batch of prompts.
+            max_new_tokens (int): Where an answer ends at the latest.
+            layers (Sequence[torch.nn.Module]): The layers to read.
+            kept (Sequence[Tensor]): For each prompt the positions to read, without padding, int64.
+
+        Returns:
+            **answers, states** (*tuple[list[list[int]], StepStates or None]*):
+                The states, of all tokens of the answers too; None if the model does not read its answer token by token.
+        """
+        length = self.sequence_length(inputs)
+        columns = [start + positions for start, positions in zip(self.starts(inputs), kept, strict=True)]
+        states = StepStates(layers, columns, length)
+        with states.recorded():
+            # One token more: a model does not read the last one.
+            generated = self._generate(inputs, max_new_tokens + 1).sequences[:, length:]
+        answers = [self._strip_end(self._until_end(answer.tolist())[:max_new_tokens]) for answer in generated]
+        return answers, states if states.complete(generated.shape[1]) else None
 
     def generate_with_logits(self, inputs: Mapping[str, Any], max_new_tokens: int = 128) -> tuple[list[int], Tensor]:
         """Greedy answer with the tokens that end it, and the model's logits for each of them, (tokens, vocabulary)."""
