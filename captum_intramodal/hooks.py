@@ -137,9 +137,9 @@ def capture_outputs(
 
 class StepStates:
     r"""
-    Hidden states of decoder layers, collected while a model generates: at some positions of the prompts, which its first
-    pass reads, and at each generated token that it reads afterwards, one in each pass. So the answer need not be read
-    again.
+    Hidden states of decoder layers, collected while a model generates: at some positions of the prompts, which its
+    first pass reads, and at each generated token that it reads afterwards, one in each pass. So the answer need not be
+    read again.
 
     Args:
 

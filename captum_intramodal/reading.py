@@ -11,6 +11,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from captum_intramodal.adapter import Encoding, ModelAdapter, Prompt
+from captum_intramodal.chunks import WORKING_MEMORY
 from captum_intramodal.coordinates import PixelMaps, Size
 from captum_intramodal.enlarged import Enlarged
 from captum_intramodal.geometry import TokenGeometry
@@ -88,6 +89,7 @@ class Reading:
             positions before them.
         last (Tensor): likewise of the last layer.
         probabilities (Tensor): of the answer's tokens, float32.
+        working_memory (int): bytes that a step which works in parts takes at a time.
     """
 
     pictures: list[Image.Image]
@@ -98,6 +100,7 @@ class Reading:
     ranking_states: dict[int, Tensor]
     last: Tensor
     probabilities: Tensor
+    working_memory: int = WORKING_MEMORY
 
     def maps(self, weights: Tensor, aggregation: Aggregation = "mean") -> list[Tensor]:
         """Per picture the maps of all text tokens over its frame, float32 (T, rows, columns), aggregated over the
@@ -106,7 +109,7 @@ class Reading:
         for image, picture in enumerate(self.pictures):
             grids = [level.grid(image, picture.size) for level in self.levels]
             grid = max(grids, key=lambda grid: grid[0] * grid[1])
-            drawn = [level.draw(image, picture.size, grid) for level in self.levels]
+            drawn = (level.draw(image, picture.size, grid, self.working_memory) for level in self.levels)
             result.append(aggregate(drawn, weights, aggregation))
         return result
 
@@ -190,6 +193,7 @@ def read_answers(
                 ranking_states=dict(zip(ranking_layers, ranked, strict=True)),
                 last=last,
                 probabilities=log_probability.exp().cpu(),
+                working_memory=adapter.working_memory,
             )
         )
     return readings
