@@ -15,6 +15,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from captum_intramodal.chunks import WORKING_MEMORY
 from captum_intramodal.coordinates import PixelMaps
 from captum_intramodal.decoder import input_device
 from captum_intramodal.geometry import (
@@ -24,7 +25,7 @@ from captum_intramodal.geometry import (
     image_token_id,
     visual_positions,
 )
-from captum_intramodal.hooks import evaluation_mode
+from captum_intramodal.hooks import StepStates, evaluation_mode
 from captum_intramodal.logit_lens import LogitLens
 
 __all__ = ["Encoding", "ModelAdapter", "check_images", "logits_gap", "stack_inputs"]
@@ -33,6 +34,8 @@ __all__ = ["Encoding", "ModelAdapter", "check_images", "logits_gap", "stack_inpu
 INTERLEAVED = ("idefics",)
 # Model types that tell the answer from the prompt by its token type.
 ANSWER_TYPES: dict[str, int] = {"paligemma": 1}
+# Model types whose visual tokens see the words after them.
+PREFIX_MODELS = ("paligemma",)
 
 Prompt = str | Sequence[Mapping[str, Any]]
 
@@ -78,13 +81,15 @@ class ModelAdapter:
         processor: Its processor, from ``AutoProcessor.from_pretrained``.
         video (bool, optional): Whether the pictures of a prompt are the frames of one video, all of one size.
                     Default: False
+        working_memory (int, optional): Bytes that a step which works in parts takes at a time.
+                    Default: 16 MiB
 
     Raises:
         TypeError: not a generating transformers model, or a processor without tokenizer or image processor.
         ValueError: a video for a model that takes none.
     """
 
-    def __init__(self, model: Any, processor: Any, video: bool = False) -> None:
+    def __init__(self, model: Any, processor: Any, video: bool = False, working_memory: int = WORKING_MEMORY) -> None:
         # A compiled module would be compiled anew for every hook and picture size.
         model = getattr(model, "_orig_mod", model)
         if (
@@ -102,6 +107,7 @@ class ModelAdapter:
         if video and getattr(processor, "video_processor", None) is None:
             raise ValueError(f"{type(model).__name__} takes no videos; pass its frames as pictures.")
         self.video = video
+        self.working_memory = working_memory
         self.model: Any = model
         self.processor = processor
         self.tokenizer = processor.tokenizer
@@ -109,12 +115,12 @@ class ModelAdapter:
     @cached_property
     def lens(self) -> LogitLens:
         try:
-            return LogitLens(self.model)
+            return LogitLens(self.model, working_memory=self.working_memory)
         except (ValueError, TypeError, RuntimeError, IndexError, KeyError, AttributeError):
             # Not every model runs on text alone. All-black pictures are dropped by some.
             inputs = self.prepare([_noise_picture((64, 64))], "describe")
             ids = [i for i in range(len(self.tokenizer)) if i not in set(self.tokenizer.all_special_ids)]
-            return LogitLens(self.model, self._cast(self.encode(inputs, ids[:8]).inputs))
+            return LogitLens(self.model, self._cast(self.encode(inputs, ids[:8]).inputs), self.working_memory)
 
     @cached_property
     def batches(self) -> bool:
@@ -274,6 +280,24 @@ class ModelAdapter:
         for index, (shown, prompt) in enumerate(zip(images, prompts, strict=True)):
             yield [index], self.prepare(shown, prompt)
 
+    def visual_prefix(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """The inputs as far as the states of the visual tokens depend on them: up to the last one, and the special
+        tokens that close its picture."""
+        ids = self._decoder_ids(inputs)
+        if self.model.config.model_type in PREFIX_MODELS:
+            return dict(inputs)
+        placeholders = torch.cat([row[self.visual_positions(row)] for row in ids]).unique()
+        columns = torch.isin(ids, placeholders).any(0)
+        special = torch.isin(ids, torch.tensor(self.tokenizer.all_special_ids, device=ids.device)).all(0) | columns
+        last = int(columns.nonzero()[-1])
+        end = last + int(special[last:].long().cumprod(0).sum())
+        return {key: value[:, :end] if self._runs_along(key, value, ids) else value for key, value in inputs.items()}
+
+    def _runs_along(self, key: str, value: Any, ids: Tensor) -> bool:
+        """Whether an input has an entry for each token of the sequence, as masks and token types have."""
+        along = isinstance(value, Tensor) and value.shape[:2] == ids.shape and not value.is_floating_point()
+        return along and (value is ids or key not in self._picture_keys)
+
     def starts(self, inputs: Mapping[str, Any]) -> list[int]:
         """Where each prompt of a left-padded batch begins in its sequence."""
         count, length = self._decoder_ids(inputs).shape
@@ -340,6 +364,32 @@ class ModelAdapter:
         """Greedy answer to each prompt of a left-padded batch as token ids, without the tokens that end it."""
         answers = self._generate(inputs, max_new_tokens).sequences[:, self.sequence_length(inputs) :]
         return [self._strip_end(self._until_end(answer.tolist())) for answer in answers]
+
+    def generate_with_states(
+        self, inputs: Mapping[str, Any], max_new_tokens: int, layers: Sequence[torch.nn.Module], kept: Sequence[Tensor]
+    ) -> tuple[list[list[int]], StepStates | None]:
+        r"""
+        As :meth:`generate_batch`, and what decoder layers say meanwhile, so that the answers need not be read again.
+
+        Args:
+
+            inputs (Mapping): A left-padded batch of prompts.
+            max_new_tokens (int): Where an answer ends at the latest.
+            layers (Sequence[torch.nn.Module]): The layers to read.
+            kept (Sequence[Tensor]): For each prompt the positions to read, without padding, int64.
+
+        Returns:
+            **answers, states** (*tuple[list[list[int]], StepStates or None]*):
+                The states, of all tokens of the answers too; None if the model does not read its answer token by token.
+        """
+        length = self.sequence_length(inputs)
+        columns = [start + positions for start, positions in zip(self.starts(inputs), kept, strict=True)]
+        states = StepStates(layers, columns, length)
+        with states.recorded():
+            # One token more: a model does not read the last one.
+            generated = self._generate(inputs, max_new_tokens + 1).sequences[:, length:]
+        answers = [self._strip_end(self._until_end(answer.tolist())[:max_new_tokens]) for answer in generated]
+        return answers, states if states.complete(generated.shape[1]) else None
 
     def generate_with_logits(self, inputs: Mapping[str, Any], max_new_tokens: int = 128) -> tuple[list[int], Tensor]:
         """Greedy answer with the tokens that end it, and the model's logits for each of them, (tokens, vocabulary)."""
@@ -468,12 +518,11 @@ class ModelAdapter:
         shape = inputs[name].shape
         extended: dict[str, Any] = dict(inputs)
         for key, value in inputs.items():
-            # Whatever runs along the sequence (masks, token types) goes on as at the prompt's last, textual position.
-            along = isinstance(value, Tensor) and value.shape[:2] == shape and not value.is_floating_point()
+            # Whatever runs along the sequence goes on as at the prompt's last, textual position.
             if key == name:
                 more = [torch.tensor(list(answer), dtype=value.dtype, device=value.device) for answer in answers]
                 extended[key] = _append(value, more, self._pad_token_id or 0)
-            elif along and not self.is_encoder_decoder and key not in self._picture_keys:
+            elif not self.is_encoder_decoder and self._runs_along(key, value, inputs[name]):
                 last = value[:, -1:]
                 if key == "token_type_ids" and self.model.config.model_type in ANSWER_TYPES:
                     last = torch.full_like(last, ANSWER_TYPES[self.model.config.model_type])

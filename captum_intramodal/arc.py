@@ -19,6 +19,7 @@ from captum_intramodal._captum import (
     format_tensor_into_tuples,
     log_usage,
 )
+from captum_intramodal.chunks import WORKING_MEMORY, in_chunks, part_of
 from captum_intramodal.hidden_states import (
     Reduction,
     attribute_positions,
@@ -90,7 +91,7 @@ def suppress_interference(
     least_squares: bool = True,
     strength: float = 1.0,
     relu_attributions: bool = True,
-    chunk_size: int = 128,
+    working_memory: int = WORKING_MEMORY,
 ) -> Tensor:
     r"""
     Takes from each token's map what its context explains of it.
@@ -115,8 +116,8 @@ def suppress_interference(
                     Default: 1.0
         relu_attributions (bool, optional): Clip the result at 0. Turn it off for signed attributions.
                     Default: True
-        chunk_size (int, optional): Tokens that are worked on at a time, which bounds memory.
-                    Default: 128
+        working_memory (int, optional): Bytes that the tokens which are worked on at a time may take.
+                    Default: 16 MiB
 
     Returns:
         *Tensor* of the shape of ``maps``, float32.
@@ -139,8 +140,8 @@ def suppress_interference(
     flat = maps.reshape(count, -1).float()
     weights = weights.to(flat)
     result = torch.empty_like(flat)
-    for start in range(0, count, chunk_size):
-        rows = slice(start, start + chunk_size)
+
+    def suppress(rows: slice) -> None:
         total = weights[rows].sum(1, keepdim=True)
         interference = weights[rows] @ flat / total.clamp_min(torch.finfo(torch.float32).tiny)
         energy = interference.square().sum(1, keepdim=True)
@@ -148,7 +149,10 @@ def suppress_interference(
         if least_squares:
             scale = scale * (flat[rows] * interference).sum(1, keepdim=True) / energy
         scale = torch.where((total > 0) & (energy > 0), scale, 0.0)
-        result[rows] = flat[rows] - scale * interference
+        torch.sub(flat[rows], scale * interference, out=result[rows])
+
+    for _ in in_chunks(suppress, count, part_of(working_memory, 12 * flat.shape[1])):
+        pass
     if relu_attributions:
         result.clamp_min_(0)
     return result.reshape(maps.shape)
@@ -379,7 +383,9 @@ class ActivationRankingCorrelation(WrapperAttribution):
         relevance = torch.zeros(count, count)
         for hidden in states:
             rankings = self.lens.topk(hidden[part], self.k)
-            relevance += pairwise_rank_biased_overlap(rankings, rankings, self.p, self.normalization).cpu()
+            relevance += pairwise_rank_biased_overlap(
+                rankings, rankings, self.p, self.normalization, self.lens.working_memory
+            ).cpu()
         # activation[j, t]: what position j says for token t.
         activation = self.lens.activation(last[:count], tokens).clamp_min(0).cpu()
         earlier = torch.ones(count, count, dtype=torch.bool).tril(-1)
@@ -402,7 +408,9 @@ class ActivationRankingCorrelation(WrapperAttribution):
             *Tensor* of the shape of ``maps``, float32.
         """
         weights = context.weights(self.weighting)
-        return suppress_interference(maps, weights, self.least_squares, self.strength, self.relu_attributions)
+        return suppress_interference(
+            maps, weights, self.least_squares, self.strength, self.relu_attributions, self.lens.working_memory
+        )
 
     def forward_context(
         self,

@@ -5,7 +5,10 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+from captum_intramodal.chunks import WORKING_MEMORY, in_chunks, part_of
 
 __all__ = ["canvas_grid", "draw_on_canvas"]
 
@@ -31,7 +34,13 @@ def canvas_grid(boxes: Tensor, image_size: tuple[int, int]) -> tuple[int, int]:
     return min(max(rows, 1), _LARGEST_SIDE), min(max(columns, 1), _LARGEST_SIDE)
 
 
-def draw_on_canvas(values: Tensor, boxes: Tensor, image_size: tuple[int, int], grid: tuple[int, int]) -> Tensor:
+def draw_on_canvas(
+    values: Tensor,
+    boxes: Tensor,
+    image_size: tuple[int, int],
+    grid: tuple[int, int],
+    working_memory: int = WORKING_MEMORY,
+) -> Tensor:
     r"""
     Interpolates values at visual tokens linearly over the picture (paper, Eq. 5).
 
@@ -46,6 +55,8 @@ def draw_on_canvas(values: Tensor, boxes: Tensor, image_size: tuple[int, int], g
         boxes (Tensor): float (V, 4), x0, y0, x1, y1 in pixels of the picture; tokens with a row of NaN are left out.
         image_size (tuple[int, int]): Width and height of the picture in pixels.
         grid (tuple[int, int]): Rows and columns of the canvas.
+        working_memory (int, optional): Bytes that the maps which are drawn at a time may take.
+                    Default: 16 MiB
 
     Returns:
         *Tensor* float32 (T, rows, columns).
@@ -63,11 +74,38 @@ def draw_on_canvas(values: Tensor, boxes: Tensor, image_size: tuple[int, int], g
     (width, height), (rows, columns) = image_size, grid
     along_x, inside_x = _tent(boxes[:, 0], boxes[:, 2], width, columns)
     along_y, inside_y = _tent(boxes[:, 1], boxes[:, 3], height, rows)
-    kernel = (along_y[:, :, None] * along_x[:, None, :]).reshape(len(boxes), -1)
     seen = (inside_y.T @ inside_x > 0).reshape(-1)
-    weight = kernel / kernel.sum(0).clamp_min(1e-12)
-    drawn = values[:, known].float() @ (weight * seen).to(values.device)
+    cell, token, weight = _pairs(along_y, along_x)
+    total = torch.zeros(rows * columns, device=weight.device).index_add_(0, cell, weight).clamp_min(1e-12)
+    weight = weight / total[cell] * seen[cell]
+    first = torch.searchsorted(cell, torch.arange(rows * columns, device=cell.device))
+    token, weight, first = (t.to(values.device) for t in (token, weight, first))
+    shown = values[:, known].float()
+    drawn = torch.empty(len(values), rows * columns, device=values.device)
+
+    def draw(part: slice) -> None:
+        bags = F.embedding_bag(token, shown[part].T.contiguous(), first, mode="sum", per_sample_weights=weight)
+        drawn[part] = bags.T
+
+    for _ in in_chunks(draw, len(values), part_of(working_memory, 4 * (rows * columns + len(boxes)))):
+        pass
     return drawn.reshape(-1, rows, columns)
+
+
+def _pairs(along_y: Tensor, along_x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Cells, counted row by row and sorted, with the boxes that weigh there, and how much. Each cell lies near few."""
+    n_rows, n_columns = along_y.shape[1], along_x.shape[1]
+    (box_y, row), (box_x, column) = (along.nonzero().unbind(1) for along in (along_y, along_x))
+    # Every row of a box meets every one of its columns.
+    count = box_x.bincount(minlength=len(along_x))
+    times = count[box_y]
+    which = torch.arange(int(times.sum()), device=times.device)
+    which = which - (times.cumsum(0) - times).repeat_interleave(times)
+    box, row = box_y.repeat_interleave(times), row.repeat_interleave(times)
+    column = column[(count.cumsum(0) - count)[box] + which]
+    cell, order = (row * n_columns + column).sort(stable=True)
+    weight = along_y.reshape(-1)[box * n_rows + row] * along_x.reshape(-1)[box * n_columns + column]
+    return cell, box[order], weight[order]
 
 
 def _tent(low: Tensor, high: Tensor, length: int, cells: int) -> tuple[Tensor, Tensor]:

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from captum_intramodal._version import __version__
 from captum_intramodal.adapter import ModelAdapter, Prompt, check_images
 from captum_intramodal.arc import ARC, ContextRelevance
+from captum_intramodal.chunks import WORKING_MEMORY
 from captum_intramodal.explanation import Explanation
 from captum_intramodal.hooks import evaluation_mode
 from captum_intramodal.levels import Method, Scales
@@ -42,6 +43,7 @@ def explain(
     method: Method = "auto",
     layer: int | None = None,
     max_new_tokens: int = 128,
+    working_memory: int = WORKING_MEMORY,
     progress: Callable[[str], None] | None = None,
 ) -> Explanation:
     r"""
@@ -98,6 +100,16 @@ def explain(
                     Default: None, the last for the lens, the first for gradients
         max_new_tokens (int, optional): Where the model's own answer ends at the latest.
                     Default: 128
+        working_memory (int, optional): Bytes that a step which works in parts takes at a time. What the explanation
+                    takes beside the model's own passes is then at most
+
+                    ``working_memory`` + b L (V + 2 T) D + 4 T (V + 4 C)
+
+                    bytes for T text tokens (the prompt's and the answer's), V visual tokens at all scales, maps of C
+                    cells (at most 160 x 160 for each picture), and hidden states of D numbers of b bytes, read at L
+                    layers. The size of the vocabulary has no part in it. Where memory runs out earlier, the parts are
+                    halved, with a warning.
+                    Default: 16 MiB
         progress (Callable, optional): Called with a line of text before each step.
                     Default: None
 
@@ -116,7 +128,7 @@ def explain(
         >>> explanation.to_html("page.html")
     """
     (explanation,) = _explain_together(
-        ModelAdapter(model, processor, video),
+        ModelAdapter(model, processor, video, working_memory),
         [images],
         [prompt],
         [answer],
@@ -154,6 +166,7 @@ def explain_batch(
     method: Method = "auto",
     layer: int | None = None,
     max_new_tokens: int = 128,
+    working_memory: int = WORKING_MEMORY,
     progress: Callable[[str], None] | None = None,
 ) -> list[Explanation]:
     r"""
@@ -176,8 +189,7 @@ def explain_batch(
         batch_size (int, optional): Number of examples that run together, which bounds memory.
                     Default: 8
         scales, scale_weights, aggregation, arc, crops, interpolate_pos_encoding, video, method, layer, max_new_tokens,
-                    progress (optional): See
-                    :func:`explain`; the same for all.
+                    working_memory, progress (optional): See :func:`explain`; the same for all.
 
     Returns:
         *list[Explanation]*: one per example, in their order.
@@ -203,7 +215,7 @@ def explain_batch(
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
     explanations = _explain_together(
-        ModelAdapter(model, processor, video),
+        ModelAdapter(model, processor, video, working_memory),
         images,
         asked,
         given,

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from captum_intramodal.adapter import Encoding, ModelAdapter
 from captum_intramodal.canvas import canvas_grid, draw_on_canvas
+from captum_intramodal.chunks import WORKING_MEMORY
 from captum_intramodal.coordinates import PixelMaps
 from captum_intramodal.decoder import decoder_blocks, decoder_layers
 from captum_intramodal.enlarged import Enlarged
@@ -113,7 +114,7 @@ class Level(Protocol):
     def grid(self, image: int, size: tuple[int, int]) -> tuple[int, int]:
         """Rows and columns of a canvas over a picture of this (width, height) that keeps what the level shows."""
 
-    def draw(self, image: int, size: tuple[int, int], grid: tuple[int, int]) -> Tensor:
+    def draw(self, image: int, size: tuple[int, int], grid: tuple[int, int], working_memory: int) -> Tensor:
         """Maps of the text tokens over a picture, float32 (T, rows, columns)."""
 
 
@@ -150,8 +151,10 @@ class TokenLevel:
     def grid(self, image: int, size: tuple[int, int]) -> tuple[int, int]:
         return canvas_grid(self.boxes(image, size), size)
 
-    def draw(self, image: int, size: tuple[int, int], grid: tuple[int, int]) -> Tensor:
-        return draw_on_canvas(self.activation, self.boxes(image, size), size, grid)
+    def draw(
+        self, image: int, size: tuple[int, int], grid: tuple[int, int], working_memory: int = WORKING_MEMORY
+    ) -> Tensor:
+        return draw_on_canvas(self.activation, self.boxes(image, size), size, grid, working_memory)
 
 
 @dataclass(frozen=True)
@@ -191,7 +194,9 @@ class PixelLevel:
         rows, columns = self.maps[image].shape[1:]
         return rows, columns
 
-    def draw(self, image: int, size: tuple[int, int], grid: tuple[int, int]) -> Tensor:
+    def draw(
+        self, image: int, size: tuple[int, int], grid: tuple[int, int], working_memory: int = WORKING_MEMORY
+    ) -> Tensor:
         maps = self.maps[image]
         if grid == self.grid(image, size):
             return maps
@@ -351,8 +356,7 @@ def resize_pictures(pictures: Sequence[Image.Image], sizes: Sequence[tuple[int, 
 
 
 def visual_states(adapter: ModelAdapter, inputs: Mapping[str, Any], layer: nn.Module) -> list[Tensor]:
-    """Per prompt of a batch the hidden states (V, D) at its visual positions. They come before the answer, which is
-    left out."""
+    """Per prompt of a batch the hidden states (V, D) at its visual positions. What comes after them is left out."""
     starts = adapter.starts(inputs)
     positions = [
         start + adapter.visual_positions(ids[start:]) for start, ids in zip(starts, inputs["input_ids"], strict=True)
@@ -362,7 +366,8 @@ def visual_states(adapter: ModelAdapter, inputs: Mapping[str, Any], layer: nn.Mo
         each = [hidden_rows(hidden, row, len(positions))[p.to(hidden.device)] for row, p in enumerate(positions)]
         return torch.cat(each)
 
-    (hidden,) = run_layers(lambda: adapter.run(inputs), [layer], select)
+    prefix = adapter.visual_prefix(inputs)
+    (hidden,) = run_layers(lambda: adapter.run(prefix), [layer], select)
     return list(hidden.split([len(p) for p in positions]))
 
 

@@ -2,8 +2,8 @@ r"""The logit lens: a model's hidden states, read with its own final norm and un
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, cast
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar, cast
 
 import torch
 from captum.attr import LayerAttribution
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from captum_intramodal._captum import format_additional_forward_args, format_tensor_into_tuples, log_usage
+from captum_intramodal.chunks import WORKING_MEMORY, in_chunks, part_of
 from captum_intramodal.decoder import final_norm, input_device, readable_layers
 from captum_intramodal.hooks import (
     capture_outputs,
@@ -22,6 +23,8 @@ from captum_intramodal.hooks import (
 )
 
 __all__ = ["LayerLogitLens", "LogitLens"]
+
+T = TypeVar("T")
 
 # Hidden states that one pass of a tail replay takes, at (positions x vocabulary) floats of memory.
 _REPLAYED = 32
@@ -49,6 +52,8 @@ class LogitLens:
         inputs (Mapping, optional): Keyword arguments of one forward pass to compare with, for models that cannot run
                     on text alone.
                     Default: None, four text tokens.
+        working_memory (int, optional): Bytes that blocks of the vocabulary, or of hidden states, take at a time.
+                    Default: 16 MiB
 
     Attributes:
         tail (str): ``'fast'`` or ``'replay'``.
@@ -64,7 +69,9 @@ class LogitLens:
         torch.Size([10, 2])
     """
 
-    def __init__(self, model: PreTrainedModel, inputs: Mapping[str, Any] | None = None) -> None:
+    def __init__(
+        self, model: PreTrainedModel, inputs: Mapping[str, Any] | None = None, working_memory: int = WORKING_MEMORY
+    ) -> None:
         if not hasattr(model, "get_output_embeddings"):
             raise TypeError(f"LogitLens needs a transformers model, got {type(model).__name__}.")
         self.layers: nn.ModuleList = readable_layers(model)
@@ -72,6 +79,7 @@ class LogitLens:
         self.head: nn.Module | None = model.get_output_embeddings()
         self.factor: float = 1.0
         self.cap: float | None = None
+        self.working_memory = working_memory
         self._replay: _TailReplay | None = None
         self._calibrate(model, inputs)
 
@@ -113,7 +121,9 @@ class LogitLens:
             return "no unembedding of the hidden states' width"
         if weight.is_meta or any(parameter.is_meta for parameter in self.norm.parameters()):
             return "norm or unembedding are offloaded"
-        plain = self._product(self.normalize(hidden[None])[0], slice(None)).to(logits.device)
+        normed = self.normalize(hidden[None])
+        plain = torch.cat(list(self._over_vocabulary(lambda rows: self._product(normed, rows)[0], 1)))
+        plain = plain.to(logits.device)
         if plain.numel() < logits.numel():
             return f"{logits.numel()} logits for {plain.numel()} rows of the unembedding"
         plain = plain[: logits.numel()]
@@ -180,18 +190,30 @@ class LogitLens:
                 raise ValueError("This model's tail is replayed, from the output of its last decoder layer on.")
             rows = [logits[:, tokens.to(logits.device)] for logits in self._replayed(hidden.flatten(0, -2))]
             return torch.cat(rows).reshape(*hidden.shape[:-1], len(tokens))
-        normed_hidden = hidden if normed else self.normalize(hidden)
-        return self._postprocess(self._product(normed_hidden, tokens.to(self._weight.device)))
+        flat = hidden.flatten(0, -2)
 
-    def _blocks(self, normed: Tensor, block_size: int) -> Iterable[tuple[int, Tensor]]:
-        for start in range(0, self.vocab_size, block_size):
-            yield start, self._postprocess(self._product(normed, slice(start, start + block_size)))
+        def activations(rows: slice) -> Tensor:
+            part = flat[rows] if normed else self.normalize(flat[rows])
+            return self._postprocess(self._product(part, tokens.to(self._weight.device)))
+
+        # A state, and its copies in float32 while it is normalised.
+        size = part_of(self.working_memory, 20 * self.hidden_size)
+        parts = list(in_chunks(activations, len(flat), size)) or [activations(slice(0))]
+        return torch.cat(parts).reshape(*hidden.shape[:-1], len(tokens))
+
+    def _over_vocabulary(
+        self, work: Callable[[slice], T], positions: int, block_size: int | None = None
+    ) -> Iterator[T]:
+        """Does some work on as many rows of the unembedding at a time as fit into the working memory."""
+        # A row's copy in float32; and of each position its logit, its key in a ranking, and room to sort them.
+        row = 32 * positions + (0 if self._weight.dtype == torch.float32 else 4 * self.hidden_size)
+        return in_chunks(work, self.vocab_size, block_size or part_of(self.working_memory, row))
 
     @torch.no_grad()
-    def topk(self, hidden: Tensor, k: int = 50, block_size: int = 8192) -> Tensor:
+    def topk(self, hidden: Tensor, k: int = 50, block_size: int | None = None) -> Tensor:
         r"""
         Ranking of the most likely next tokens at each hidden state, streamed over blocks of the vocabulary: memory is
-        positions x (``k`` + ``block_size``), whatever the size of the vocabulary. Equal logits rank by token id.
+        positions x (``k`` + block), whatever the size of the vocabulary. Equal logits rank by token id.
 
         Args:
 
@@ -199,7 +221,7 @@ class LogitLens:
             k (int, optional): Length of the ranking; at most the size of the vocabulary.
                         Default: 50
             block_size (int, optional): Rows of the unembedding used at a time.
-                        Default: 8192
+                        Default: None, as many as fit into the working memory.
 
         Returns:
             *Tensor* (N, min(k, vocabulary)) int64, best first.
@@ -211,13 +233,17 @@ class LogitLens:
             return 0xFFFFFFFF - (torch.cat(tops) & 0xFFFFFFFF)
         normed = self.normalize(hidden)
         best = torch.empty(hidden.shape[0], 0, dtype=torch.int64, device=normed.device)
-        for start, logits in self._blocks(normed, block_size):
-            keys = torch.cat([best, _rank_keys(logits, start)], dim=1)
+        for keys in self._over_vocabulary(
+            lambda rows: _top_keys(self._postprocess(self._product(normed, rows)), rows.start, k),
+            len(hidden),
+            block_size,
+        ):
+            keys = torch.cat([best, keys], dim=1)
             best = keys.topk(min(k, keys.shape[1]), dim=1).values
         return 0xFFFFFFFF - (best & 0xFFFFFFFF)
 
     @torch.no_grad()
-    def log_probability(self, hidden: Tensor, tokens: Tensor, block_size: int = 8192) -> Tensor:
+    def log_probability(self, hidden: Tensor, tokens: Tensor, block_size: int | None = None) -> Tensor:
         r"""
         Log-probability of one token per hidden state, streamed over blocks of the vocabulary.
 
@@ -226,7 +252,7 @@ class LogitLens:
             hidden (Tensor): Output of the last decoder layer, (N, D).
             tokens (Tensor): Token ids, int64 (N,).
             block_size (int, optional): Rows of the unembedding used at a time.
-                        Default: 8192
+                        Default: None, as many as fit into the working memory.
 
         Returns:
             *Tensor* (N,) float32, at most 0.
@@ -237,8 +263,10 @@ class LogitLens:
             return torch.cat([rows.gather(1, ids[:, None])[:, 0] for rows, ids in zip(all_logits, parts, strict=True)])
         normed = self.normalize(hidden)
         normalizer = torch.full(normed.shape[:1], -torch.inf, device=normed.device)
-        for _, logits in self._blocks(normed, block_size):
-            normalizer = torch.logaddexp(normalizer, logits.logsumexp(1))
+        for block in self._over_vocabulary(
+            lambda rows: self._postprocess(self._product(normed, rows)).logsumexp(1), len(hidden), block_size
+        ):
+            normalizer = torch.logaddexp(normalizer, block)
         rows = self._weight[tokens.to(self._weight.device)].to(device=normed.device, dtype=torch.float32)
         product = (normed.float() * rows).sum(-1)
         bias = getattr(self.head, "bias", None)
@@ -302,13 +330,25 @@ class _TailReplay:
         return logits[len(logits) - len(hidden) :].float()
 
 
-def _rank_keys(logits: Tensor, start: int) -> Tensor:
-    """int64 keys that order by (logit, smaller token id): the order of top-k is then the same on every machine."""
+def _rank_keys(logits: Tensor, start: int, ids: Tensor | None = None) -> Tensor:
+    """int64 keys that order by (logit, smaller token id): the order of top-k is then the same on every machine. Ids
+    count from ``start``; all in their order if they are not given."""
     # Adding 0.0 turns -0.0 into 0.0, which would otherwise rank below it.
     bits = (logits.float() + 0.0).view(torch.int32).long()
     ordered = torch.where(bits >= 0, bits, -(bits & 0x7FFFFFFF))
-    ids = torch.arange(start, start + logits.shape[1], device=logits.device)
-    return (ordered << 32) | (0xFFFFFFFF - ids)
+    if ids is None:
+        ids = torch.arange(logits.shape[1], device=logits.device)
+    return (ordered << 32) | (0xFFFFFFFF - start - ids)
+
+
+def _top_keys(logits: Tensor, start: int, k: int) -> Tensor:
+    """The k largest of :func:`_rank_keys`, in any order."""
+    if k < logits.shape[1]:
+        values, ids = logits.topk(k, dim=1)
+        # Of several that are as likely as the last of them, those with the smallest ids would count.
+        if int((logits >= values[:, -1:]).sum()) == values.numel():
+            return _rank_keys(values, start, ids)
+    return _rank_keys(logits, start)
 
 
 class LayerLogitLens(LayerAttribution):

@@ -51,13 +51,14 @@ def normalized_weights(scales: Sequence[float], weights: Sequence[float] | None)
     return result / result.sum()
 
 
-def aggregate(maps: Sequence[Tensor], weights: Tensor, aggregation: Aggregation = "mean") -> Tensor:
+def aggregate(maps: Iterable[Tensor], weights: Tensor, aggregation: Aggregation = "mean") -> Tensor:
     r"""
     Combines maps of the same shape, one per scale (paper, Eq. 4).
 
     Args:
 
-        maps (Sequence[Tensor]): One map per scale, all of the same shape, in the frame of the original input.
+        maps (Iterable[Tensor]): One map per scale, all of the same shape, in the frame of the original input. For a
+                    mean, one at a time is taken.
         weights (Tensor): float32 (scales,), of sum 1.
         aggregation (str, optional): ``'mean'``: the weighted mean. ``'max'``: the largest weighted value, times the
                     number of scales. ``'geometric_mean'``: of non-negative maps, what all scales agree on; negative
@@ -69,16 +70,20 @@ def aggregate(maps: Sequence[Tensor], weights: Tensor, aggregation: Aggregation 
     """
     if aggregation not in AGGREGATIONS:
         raise ValueError(f"aggregation must be one of {AGGREGATIONS}, got {aggregation!r}.")
-    dtype = torch.promote_types(maps[0].dtype, torch.float32)
     if aggregation == "mean":
-        total = torch.zeros(maps[0].shape, dtype=dtype, device=maps[0].device)
+        total: Tensor | None = None
         for weight, values in zip(weights.tolist(), maps, strict=True):
+            if total is None:
+                dtype = torch.promote_types(values.dtype, torch.float32)
+                total = torch.zeros(values.shape, dtype=dtype, device=values.device)
             total.add_(values, alpha=weight)
+        if total is None:
+            raise ValueError("There are no maps to combine.")
         return total
-    stack = torch.stack([values.to(dtype) for values in maps]).contiguous()
+    stack = torch.stack([values.to(torch.promote_types(values.dtype, torch.float32)) for values in maps]).contiguous()
     column = weights.to(stack).reshape(-1, *[1] * (stack.ndim - 1))
     if aggregation == "max":
-        return (stack * column).amax(0) * len(maps)
+        return (stack * column).amax(0) * len(stack)
     return (stack.clamp_min(1e-12).log() * column).sum(0).exp() * (stack > 0).all(0)
 
 

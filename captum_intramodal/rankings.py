@@ -8,6 +8,8 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from captum_intramodal.chunks import WORKING_MEMORY, in_chunks, part_of
+
 __all__ = ["pairwise_rank_biased_overlap", "rank_biased_overlap"]
 
 Normalization = Literal["truncated", "minimum", "extrapolated"]
@@ -60,13 +62,17 @@ def rank_biased_overlap(a: Tensor, b: Tensor, p: float = 0.9, normalization: Nor
 
 
 def pairwise_rank_biased_overlap(
-    a: Tensor, b: Tensor, p: float = 0.9, normalization: Normalization = "truncated", chunk_size: int = 256
+    a: Tensor,
+    b: Tensor,
+    p: float = 0.9,
+    normalization: Normalization = "truncated",
+    working_memory: int = WORKING_MEMORY,
 ) -> Tensor:
     r"""
     Rank-biased overlap of every ranking in ``a`` with every one in ``b``, see :func:`rank_biased_overlap`.
 
-    Instead of comparing k x k pairs of ranks, ranks are looked up in a table over the ids that occur: time and memory
-    grow with N x M x k.
+    Instead of comparing k x k pairs of ranks, ranks are looked up in a table over the ids that occur: time grows with
+    N x M x k.
 
     Args:
 
@@ -76,25 +82,30 @@ def pairwise_rank_biased_overlap(
                     Default: 0.9
         normalization (str, optional): See :func:`rank_biased_overlap`.
                     Default: ``'truncated'``
-        chunk_size (int, optional): Rankings of ``a`` that are compared at a time, which bounds memory.
-                    Default: 256
+        working_memory (int, optional): Bytes that the rankings which are compared at a time may take.
+                    Default: 16 MiB
 
     Returns:
         *Tensor* float32 (N, M).
     """
     k = _common_length(a, b)
-    # One more entry, of weight 0, for items that are not in the other ranking.
-    weights = torch.cat([_match_weights(k, p, normalization, a.device), torch.zeros(1, device=a.device)])
+    weights = _match_weights(k, p, normalization, a.device)
     ids, inverse = torch.unique(torch.cat([a, b]), return_inverse=True)
     items, others = inverse.split([len(a), len(b)])
-    rank_of = torch.full((len(b), len(ids)), k, dtype=torch.int64, device=a.device)
-    rank_of.scatter_(1, others, torch.arange(k, device=a.device).expand(len(b), k))
-    own = torch.arange(k, device=a.device)
-    rows = [
-        weights[torch.maximum(rank_of[:, chunk], own)].sum(-1).T  # (M, chunk, k) -> (chunk, M)
-        for chunk in items.split(chunk_size)
-    ]
-    return torch.cat(rows) if rows else torch.zeros(0, len(b), device=a.device)
+
+    def columns(part: slice) -> Tensor:
+        # An item that is not in the other ranking has no weight; of two ranks the deeper one has the smaller weight.
+        weight_of = torch.zeros(len(others[part]), len(ids), device=a.device)
+        weight_of.scatter_(1, others[part], weights.expand(len(weight_of), k))
+
+        def overlaps(rows: slice) -> Tensor:
+            return torch.minimum(weight_of[:, items[rows]], weights).sum(-1).T  # (m, n, k) -> (n, m)
+
+        return torch.cat(list(in_chunks(overlaps, len(a), part_of(working_memory // 2, 8 * k * len(weight_of)))))
+
+    if not len(a) or not len(b):
+        return torch.zeros(len(a), len(b), device=a.device)
+    return torch.cat(list(in_chunks(columns, len(b), part_of(working_memory // 2, 4 * len(ids)))), dim=1)
 
 
 def _common_length(a: Tensor, b: Tensor) -> int:

@@ -11,10 +11,11 @@ from PIL import Image
 from torch import Tensor, nn
 
 from captum_intramodal.adapter import Encoding, ModelAdapter, Prompt
+from captum_intramodal.chunks import WORKING_MEMORY
 from captum_intramodal.coordinates import PixelMaps, Size
 from captum_intramodal.enlarged import Enlarged
 from captum_intramodal.geometry import TokenGeometry
-from captum_intramodal.hooks import hidden_rows, run_layers
+from captum_intramodal.hooks import StepStates, hidden_rows, run_layers
 from captum_intramodal.levels import (
     Level,
     Method,
@@ -88,6 +89,7 @@ class Reading:
             positions before them.
         last (Tensor): likewise of the last layer.
         probabilities (Tensor): of the answer's tokens, float32.
+        working_memory (int): bytes that a step which works in parts takes at a time.
     """
 
     pictures: list[Image.Image]
@@ -98,6 +100,7 @@ class Reading:
     ranking_states: dict[int, Tensor]
     last: Tensor
     probabilities: Tensor
+    working_memory: int = WORKING_MEMORY
 
     def maps(self, weights: Tensor, aggregation: Aggregation = "mean") -> list[Tensor]:
         """Per picture the maps of all text tokens over its frame, float32 (T, rows, columns), aggregated over the
@@ -106,7 +109,7 @@ class Reading:
         for image, picture in enumerate(self.pictures):
             grids = [level.grid(image, picture.size) for level in self.levels]
             grid = max(grids, key=lambda grid: grid[0] * grid[1])
-            drawn = [level.draw(image, picture.size, grid) for level in self.levels]
+            drawn = (level.draw(image, picture.size, grid, self.working_memory) for level in self.levels)
             result.append(aggregate(drawn, weights, aggregation))
         return result
 
@@ -143,10 +146,14 @@ def read_answers(
     layers = select_layers(adapter.lens, [-1 if layer is None else layer, *ranking_layers, -1])
     examples: list[_Example] = []
     for rows, inputs in adapter.prepare_together(pictures, prompts):
-        batch = _with_answers(adapter, inputs, [answers[row] for row in rows], max_new_tokens, report)
+        batch, said = _with_answers(adapter, inputs, [answers[row] for row in rows], layers, max_new_tokens, report)
         texts = [TextTokens.of(adapter, e, shown_prompt(prompts[row])) for e, row in zip(batch, rows, strict=True)]
-        report(f"Reading the answer ({sum(len(e.answer_ids) for e in batch)} tokens)")
-        states = _read_states(adapter, batch, texts, layers)
+        positions = [_read_positions(e, text.positions) for e, text in zip(batch, texts, strict=True)]
+        if said is None:
+            report(f"Reading the answer ({sum(len(e.answer_ids) for e in batch)} tokens)")
+            states = _read_states(adapter, batch, positions, layers)
+        else:
+            states = [said.of(e, p, layers) for e, p in zip(batch, positions, strict=True)]
         examples += [
             _Example(pictures[row], prompts[row], encoding, text, read)
             for row, encoding, text, read in zip(rows, batch, texts, states, strict=True)
@@ -186,6 +193,7 @@ def read_answers(
                 ranking_states=dict(zip(ranking_layers, ranked, strict=True)),
                 last=last,
                 probabilities=log_probability.exp().cpu(),
+                working_memory=adapter.working_memory,
             )
         )
     return readings
@@ -207,40 +215,66 @@ class _Example:
         return tuple(picture.size for picture in self.pictures)
 
 
+@dataclass(frozen=True)
+class _Said:
+    """What decoder layers said while the model generated, at some positions of each prompt and at the answers."""
+
+    states: StepStates
+    kept: list[Tensor]
+
+    def of(self, encoding: Encoding, positions: Tensor, layers: Sequence[nn.Module]) -> list[Tensor]:
+        """By layer an example's states at some positions of prompt and answer."""
+        answer = torch.arange(encoding.prompt_length, len(encoding.input_ids))
+        index = torch.searchsorted(torch.cat([self.kept[encoding.row], answer]), positions)
+        states = self.states.of(encoding.row, len(answer))
+        return [states[layer][index.to(states[layer].device)] for layer in layers]
+
+
 def _with_answers(
     adapter: ModelAdapter,
     inputs: Mapping[str, Any],
     answers: Sequence[str | Sequence[int] | None],
+    layers: Sequence[nn.Module],
     max_new_tokens: int,
     report: Callable[[str], None],
-) -> list[Encoding]:
-    """A batch with its answers, those that are not given from the model."""
+) -> tuple[list[Encoding], _Said | None]:
+    """A batch with its answers, those that are not given from the model; and what it said if all are its own."""
     given = [None if answer is None else adapter.tokenize_answer(answer) for answer in answers]
+    said = None
     if None in given:
         report("Generating the answer")
-        generated = adapter.generate_batch(inputs, max_new_tokens)
+        prompts = adapter.encode_batch(inputs, [[] for _ in given])
+        # The last one says what the answer begins with.
+        kept = [
+            torch.cat([_read_positions(p, text_positions(adapter, p)), torch.tensor([p.prompt_length - 1])]).unique()
+            for p in prompts
+        ]
+        generated, states = adapter.generate_with_states(inputs, max_new_tokens, layers, kept)
+        if states is not None and not any(given):
+            said = _Said(states, kept)
         given = [own if ids is None else ids for ids, own in zip(given, generated, strict=True)]
     answer_ids = [ids for ids in given if ids]
     if len(answer_ids) < len(given):
         raise ValueError("The model answered nothing; there is no word to explain. Pass an answer.")
-    return adapter.encode_batch(inputs, answer_ids)
+    return adapter.encode_batch(inputs, answer_ids), said
+
+
+def _read_positions(encoding: Encoding, text: Tensor) -> Tensor:
+    """Where an example is read: the visual tokens, the text tokens and before these."""
+    return torch.cat([encoding.visual_positions, text, (text - 1).clamp_min(0)])
 
 
 def _read_states(
-    adapter: ModelAdapter, batch: Sequence[Encoding], texts: Sequence[TextTokens], layers: Sequence[nn.Module]
+    adapter: ModelAdapter, batch: Sequence[Encoding], positions: Sequence[Tensor], layers: Sequence[nn.Module]
 ) -> list[list[Tensor]]:
-    """Per example of a batch and per layer the hidden states at the visual tokens, the text tokens and before these."""
-    rows = [
-        torch.cat([e.visual_positions, text.positions, (text.positions - 1).clamp_min(0)])
-        for e, text in zip(batch, texts, strict=True)
-    ]
+    """Per example of a batch and per layer the hidden states at its positions, from one teacher-forced pass."""
 
     def select(hidden: Tensor) -> Tensor:
         each = [e.rows(hidden_rows(hidden, e.row, e.batch_size)) for e in batch]
-        return torch.cat([h[r.to(hidden.device)] for h, r in zip(each, rows, strict=True)])
+        return torch.cat([h[p.to(hidden.device)] for h, p in zip(each, positions, strict=True)])
 
     hidden = run_layers(lambda: adapter.run(batch[0].inputs), layers, select)
-    split = [h.split([len(r) for r in rows]) for h in hidden]
+    split = [h.split([len(p) for p in positions]) for h in hidden]
     return [list(each) for each in zip(*split, strict=True)]
 
 

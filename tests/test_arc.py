@@ -63,7 +63,7 @@ def literal_suppression(maps: Tensor, weights: Tensor, least_squares: bool, stre
 def test_suppression_equals_the_loop(least_squares: bool, strength: float) -> None:
     maps, weights = torch.rand(9, 4, 5), torch.rand(9, 9).tril(-1)
     weights[3] = 0
-    actual = suppress_interference(maps, weights, least_squares, strength, chunk_size=4)
+    actual = suppress_interference(maps, weights, least_squares, strength, working_memory=200)
     assert torch.allclose(actual, literal_suppression(maps, weights, least_squares, strength), atol=1e-6)
     assert torch.equal(actual[0], maps[0]) and torch.equal(actual[3], maps[3])
 

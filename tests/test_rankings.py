@@ -26,7 +26,7 @@ def random_rankings(count: int, k: int, vocabulary: int) -> torch.Tensor:
 @pytest.mark.parametrize(("p", "k", "vocabulary"), [(0.9, 50, 80), (0.5, 7, 9), (0.99, 20, 500), (0.1, 1, 2)])
 def test_equals_definition(normalization: str, p: float, k: int, vocabulary: int) -> None:
     a, b = random_rankings(5, k, vocabulary), random_rankings(4, k, vocabulary)
-    pairwise = pairwise_rank_biased_overlap(a, b, p, normalization, chunk_size=2)
+    pairwise = pairwise_rank_biased_overlap(a, b, p, normalization, working_memory=200)
     assert pairwise.shape == (5, 4)
     for i, j in itertools.product(range(5), range(4)):
         expected = literal_rbo(a[i].tolist(), b[j].tolist(), p, normalization)
