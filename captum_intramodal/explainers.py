@@ -32,7 +32,15 @@ from captum_intramodal.explain import suppress_together
 from captum_intramodal.hooks import evaluation_mode
 from captum_intramodal.levels import Method, TokenLevel, find_sights, resize_pictures
 from captum_intramodal.metrics.faithfulness import IMPUTATIONS, Imputation, PictureRemoval
-from captum_intramodal.msea import Aggregation, aggregate, check_scales, normalized_weights
+from captum_intramodal.msea import (
+    AGGREGATIONS,
+    CHANGED_DECISIONS,
+    Aggregation,
+    ChangedDecisions,
+    aggregate,
+    check_scales,
+    normalized_weights,
+)
 from captum_intramodal.pixels import PixelForward
 from captum_intramodal.rankings import Normalization
 from captum_intramodal.reading import Reading, read_answer, text_positions
@@ -173,10 +181,11 @@ class _Wish:
     method: Method = "logit_lens"
     crops: bool = False
     interpolate_pos_encoding: bool = False
+    decisions: bool = False
 
     @property
     def kind(self) -> tuple[Any, ...]:
-        return self.layer, self.method, self.crops, self.interpolate_pos_encoding
+        return self.layer, self.method, self.crops, self.interpolate_pos_encoding, self.decisions
 
     @property
     def divisible(self) -> bool:
@@ -214,6 +223,7 @@ class _Wish:
             method=self.method,
             crops=self.crops,
             interpolate_pos_encoding=self.interpolate_pos_encoding,
+            decisions=self.decisions,
         )
 
 
@@ -300,6 +310,8 @@ class _ScaleOptions:
     aggregation: Aggregation = "mean"
 
     def __post_init__(self) -> None:
+        if self.aggregation not in AGGREGATIONS:
+            raise ValueError(f"aggregation must be one of {AGGREGATIONS}, got {self.aggregation!r}.")
         if self.scales != "auto":
             self.scales = check_scales(self.scales)
             normalized_weights(self.scales, self.scale_weights)
@@ -379,6 +391,7 @@ class LogitLensMaps(_Explainer):
             self.method,
             self.crops,
             self.interpolate_pos_encoding,
+            getattr(self, "changed_decisions", "keep") != "keep",
         )
 
     def explain(
@@ -400,16 +413,30 @@ class LogitLensMaps(_Explainer):
     def maps(self, adapter: ModelAdapter, reading: Reading) -> list[Tensor]:
         """Of all text tokens."""
         kept = [level.scale for level in reading.levels]
-        options = self if isinstance(self, _ScaleOptions) else _ScaleOptions()
-        maps = reading.maps(options.weights_of(kept), options.aggregation)
+        options = self if isinstance(self, MSEAMaps) else MSEAMaps()
+        maps = reading.maps(options.weights_of(kept), options.aggregation, options.changed_decisions)
         return self.suppress(adapter, maps, reading) if isinstance(self, _RankingOptions) else maps
 
 
 @dataclass(kw_only=True)
 class MSEAMaps(_ScaleOptions, LogitLensMaps):
-    """The logit lens at several scales."""
+    r"""
+    The logit lens at several scales.
+
+    Args:
+
+        scales, scale_weights, aggregation, changed_decisions (optional): See :func:`captum_intramodal.explain`.
+        layer, method, crops, interpolate_pos_encoding (optional): See :class:`LogitLensMaps`.
+    """
 
     name: ClassVar[str] = "msea"
+
+    changed_decisions: ChangedDecisions = "keep"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.changed_decisions not in CHANGED_DECISIONS:
+            raise ValueError(f"changed_decisions must be one of {CHANGED_DECISIONS}, got {self.changed_decisions!r}.")
 
 
 @dataclass(kw_only=True)
@@ -420,13 +447,13 @@ class ARCMaps(_RankingOptions, LogitLensMaps):
 
 
 @dataclass(kw_only=True)
-class MSEAAndARCMaps(_ScaleOptions, _RankingOptions, LogitLensMaps):
+class MSEAAndARCMaps(_RankingOptions, MSEAMaps):
     """The logit lens at several scales, without the interference of irrelevant context: ``explain()``."""
 
     name: ClassVar[str] = "msea+arc"
 
     def __post_init__(self) -> None:
-        _ScaleOptions.__post_init__(self)
+        MSEAMaps.__post_init__(self)
         _RankingOptions.__post_init__(self)
 
 
