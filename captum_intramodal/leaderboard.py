@@ -201,6 +201,10 @@ class Leaderboard:
         Args:
 
             path (str or PathLike): The file, which is replaced in one step.
+
+        Examples::
+
+            >>> make_leaderboard(records, columns).to_csv("leaderboard.csv")
         """
         header = ["explainer"]
         for column in self.columns:
@@ -220,6 +224,10 @@ class Leaderboard:
         Args:
 
             path (str or PathLike): The file, which is replaced in one step.
+
+        Examples::
+
+            >>> make_leaderboard(records, columns).pairs_to_csv("pairs.csv")
         """
         header = ["first", "second", "column", "difference", "low", "high", "p", "adjusted_p", "samples"]
         lines = [
@@ -235,6 +243,10 @@ class Leaderboard:
 
             path (str or PathLike): The file, which is replaced in one step.
             manifest (Mapping[str, Any]): What the page shows as the making of the evaluation, in JSON.
+
+        Examples::
+
+            >>> make_leaderboard(records, columns).to_html("leaderboard.html", {"model": "demo", "seed": 0})
         """
         with _plotting():
             plots = {"values": _plot_values(self), "curves": _plot_curves(self), "cost": _plot_cost(self)}
@@ -364,14 +376,14 @@ def _sums_and_counts(
     records: Sequence[Record], labels: Sequence[str], part: Literal["scores", "curves"], name: str, points: int
 ) -> Floats:
     """Sum of the values over a sample's words, and number of these words: (points, 2, labels, samples)."""
-    key, _, suffix = name.partition(":")
+    key = name.removesuffix(f":{ANSWER}")
     found = {
         (row, column): entries
         for column, record in enumerate(records)
         for row, label in enumerate(labels)
         if (entries := record.get(part, {}).get(label, {}).get(key))
     }
-    whole = suffix == ANSWER or not any(index != ANSWER for entries in found.values() for index in entries)
+    whole = key != name or not any(index != ANSWER for entries in found.values() for index in entries)
     table = np.zeros((points, 2, len(labels), len(records)))
     for (row, column), entries in found.items():
         chosen = [value for index, value in entries.items() if (index == ANSWER) == whole]
