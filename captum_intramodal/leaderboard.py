@@ -767,7 +767,7 @@ def _plot_curves(board: Leaderboard) -> list[_Plot]:
                 estimate, low, high = np.array(curves[name]).T
                 axes.fill_between(board.fractions, low, high, color=colour, alpha=0.18, linewidth=0)
                 axes.plot(board.fractions, estimate, color=colour, linewidth=1.8, label=name)
-        axes.set_title(_short(label))
+        axes.set_title(_short(label), fontsize=8.5)
         axes.set_xlabel("fraction")
         axes.set_ylim(every.min() - 0.04 * span, every.max() + 0.04 * span)
         axes.legend(frameon=False, fontsize=7.5, labelcolor=_MUTED)
