@@ -18,7 +18,6 @@ from typing import Any, Literal, NamedTuple
 
 import matplotlib
 import numpy as np
-import numpy.typing as npt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
@@ -202,6 +201,10 @@ class Leaderboard:
         Args:
 
             path (str or PathLike): The file, which is replaced in one step.
+
+        Examples::
+
+            >>> make_leaderboard(records, columns).to_csv("leaderboard.csv")
         """
         header = ["explainer"]
         for column in self.columns:
@@ -221,6 +224,10 @@ class Leaderboard:
         Args:
 
             path (str or PathLike): The file, which is replaced in one step.
+
+        Examples::
+
+            >>> make_leaderboard(records, columns).pairs_to_csv("pairs.csv")
         """
         header = ["first", "second", "column", "difference", "low", "high", "p", "adjusted_p", "samples"]
         lines = [
@@ -236,6 +243,10 @@ class Leaderboard:
 
             path (str or PathLike): The file, which is replaced in one step.
             manifest (Mapping[str, Any]): What the page shows as the making of the evaluation, in JSON.
+
+        Examples::
+
+            >>> make_leaderboard(records, columns).to_html("leaderboard.html", {"model": "demo", "seed": 0})
         """
         with _plotting():
             plots = {"values": _plot_values(self), "curves": _plot_curves(self), "cost": _plot_cost(self)}
@@ -304,26 +315,26 @@ def make_leaderboard(
     if reference is not None and reference not in labels:
         raise ValueError(f"reference must be one of {labels}, but it is {reference!r}.")
 
+    def table(part: Literal["scores", "curves"], name: str, points: int) -> Floats:
+        return _sums_and_counts(ordered, labels, part, name, points)
+
     rows: dict[str, dict[str, Cell]] = {label: {} for label in labels}
     pairs: list[Comparison] = []
-    for column in columns:
-        names = column.of or (column.name,)
-        table = np.concatenate([_sums_and_counts(ordered, labels, "scores", name, 1) for name in names])
-        compared: list[Comparison] = []
-        for i, j, interval, p, samples in _compare(table, n, seed):
-            if i == j:
-                rows[labels[i]][column.name] = Cell(interval, int(table[:, 1, i].sum()), samples)
-            else:
-                compared.append(Comparison(labels[i], labels[j], column.name, interval, p, p, samples))
-        adjusted = _holm([pair.p for pair in compared])
-        pairs += [pair._replace(adjusted_p=p) for pair, p in zip(compared, adjusted, strict=True)]
+    tables = [np.concatenate([table("scores", name, 1) for name in column.of or (column.name,)]) for column in columns]
+    for k, i, j, interval, p, samples in _compare(tables, n, seed):
+        name = columns[k].name
+        if i == j:
+            rows[labels[i]][name] = Cell(interval, int(tables[k][:, 1, i].sum()), samples)
+        else:
+            pairs.append(Comparison(labels[i], labels[j], name, interval, p, p, samples))
+    by_column = [list(same) for _, same in groupby(pairs, key=lambda pair: pair.column)]
+    adjusted = [p for same in by_column for p in _holm([pair.p for pair in same])]
 
     curves: dict[str, dict[str, tuple[Interval, ...]]] = defaultdict(dict)
-    drawn = [curve for record in ordered for curve in record.get("curves", {}).values()]
-    for name in dict.fromkeys(name for curve in drawn for name in curve):
-        table = _sums_and_counts(ordered, labels, "curves", name, len(fractions))
-        for i, curve in _mean_curves(table, n, seed):
-            curves[labels[i]][name] = curve
+    measured = [row for record in ordered for row in record.get("curves", {}).values()]
+    names = list(dict.fromkeys(name for row in measured for name in row))
+    for k, i, curve in _mean_curves([table("curves", name, len(fractions)) for name in names], n, seed):
+        curves[labels[i]][names[k]] = curve
 
     seconds: dict[str, list[float]] = defaultdict(list)
     skipped: dict[str, Counter[str]] = defaultdict(Counter)
@@ -337,7 +348,7 @@ def make_leaderboard(
         tuple(columns),
         labels[0] if reference is None else reference,
         rows,
-        tuple(pairs),
+        tuple(pair._replace(adjusted_p=p) for pair, p in zip(pairs, adjusted, strict=True)),
         tuple(fractions),
         {label: curves[label] for label in labels if label in curves},
         {label: median(seconds[label]) for label in labels if label in seconds},
@@ -365,14 +376,14 @@ def _sums_and_counts(
     records: Sequence[Record], labels: Sequence[str], part: Literal["scores", "curves"], name: str, points: int
 ) -> Floats:
     """Sum of the values over a sample's words, and number of these words: (points, 2, labels, samples)."""
-    key, _, suffix = name.partition(":")
+    key = name.removesuffix(f":{ANSWER}")
     found = {
         (row, column): entries
         for column, record in enumerate(records)
         for row, label in enumerate(labels)
         if (entries := record.get(part, {}).get(label, {}).get(key))
     }
-    whole = suffix == ANSWER or not any(index != ANSWER for entries in found.values() for index in entries)
+    whole = key != name or not any(index != ANSWER for entries in found.values() for index in entries)
     table = np.zeros((points, 2, len(labels), len(records)))
     for (row, column), entries in found.items():
         chosen = [value for index, value in entries.items() if (index == ANSWER) == whole]
@@ -390,35 +401,47 @@ def _sums_and_counts(
 
 
 class _Group(NamedTuple):
-    """Pairs of explainers that share exactly these samples, and the table of all explainers among them."""
+    """Pairs of explainers that share exactly these samples in a column, and the table of all explainers among them."""
 
+    column: int
     pairs: list[tuple[int, int]]
     labels: list[int]
     table: Floats
 
 
-def _groups(table: Floats, pairs: Iterable[tuple[int, int]]) -> Iterator[list[_Group]]:
-    """Groups with equally many samples, which can share resamples."""
-    present: npt.NDArray[np.bool_] = np.any(table[:, 1] > 0, axis=0)
-    members: dict[bytes, list[tuple[int, int]]] = defaultdict(list)
-    masks: dict[bytes, npt.NDArray[np.bool_]] = {}
-    for i, j in pairs:
-        common = present[i] & present[j]
-        if common.any():
-            masks[common.tobytes()] = common
-            members[common.tobytes()].append((i, j))
-    for _, same in groupby(sorted(members, key=lambda key: int(masks[key].sum())), lambda key: int(masks[key].sum())):
-        groups = []
-        for key in same:
-            labels = sorted({label for pair in members[key] for label in pair})
-            groups.append(_Group(members[key], labels, table[:, :, labels][..., masks[key]]))
-        yield groups
+def _groups(tables: Sequence[Floats], alone: bool) -> Iterator[list[_Group]]:
+    """Groups with equally many samples, which can share draws; each explainer is a pair with itself."""
+    members: dict[tuple[bytes, int], list[tuple[int, int]]] = defaultdict(list)
+    for column, table in enumerate(tables):
+        present = np.asarray(table[:, 1].any(0))
+        for i, j in combinations_with_replacement(range(len(present)), 2):
+            if i == j or not alone:
+                members[np.logical_and(present[i], present[j]).tobytes(), column].append((i, j))
+
+    # A mask's bytes are 0 or 1: their sum is the number of samples.
+    def size(key: tuple[bytes, int]) -> int:
+        return sum(key[0])
+
+    for samples, same in groupby(sorted(members, key=size), key=size):
+        if samples:
+            yield [_group(column, members[mask, column], tables[column], mask) for mask, column in same]
+
+
+def _group(column: int, pairs: list[tuple[int, int]], table: Floats, mask: bytes) -> _Group:
+    labels = sorted({label for pair in pairs for label in pair})
+    return _Group(column, pairs, labels, table[:, :, labels][..., np.frombuffer(mask, np.bool_)])
 
 
 def _products(groups: list[_Group], weights: Iterable[Floats]) -> list[Floats]:
     """The groups' sums and counts in every draw of samples, by their weights (draws, samples)."""
-    parts = [[group.table @ part.T for group in groups] for part in weights]
-    return [np.concatenate(products, axis=-1) for products in zip(*parts, strict=True)]
+    tables = [group.table.reshape(-1, group.table.shape[-1]) for group in groups]
+    rows = np.concatenate(tables)
+    products = np.concatenate([rows @ part.T for part in weights], axis=1)
+    ends = np.cumsum([len(table) for table in tables])[:-1]
+    return [
+        product.reshape(*group.table.shape[:-1], -1)
+        for product, group in zip(np.split(products, ends), groups, strict=True)
+    ]
 
 
 def _multiplicities(samples: int, n: int, seed: int) -> Iterator[Floats]:
@@ -429,19 +452,18 @@ def _multiplicities(samples: int, n: int, seed: int) -> Iterator[Floats]:
 
 
 def _means(sums_and_counts: Floats) -> Floats:
-    sums, counts = np.moveaxis(sums_and_counts, 1, 0)
-    with np.errstate(invalid="ignore"):
-        means: Floats = sums / counts
-    return means
+    """NaN where there are no words."""
+    sums, counts = sums_and_counts[:, 0], sums_and_counts[:, 1]
+    return np.divide(sums, counts, out=np.full_like(sums, np.nan), where=counts > 0)
 
 
 def _statistic(sums_and_counts: Floats) -> Floats:
     """The mean, or the harmonic mean of two means."""
-    means = _means(sums_and_counts)
-    if len(means) == 1:
-        return means[0]
-    total = means.sum(0)
-    return 2 * means.prod(0) / np.where(total == 0, 1, total)
+    mean, *others = _means(sums_and_counts)
+    for other in others:
+        total = mean + other
+        mean = 2 * mean * other / np.where(total == 0, 1, total)
+    return mean
 
 
 def _interval(estimate: float, drawn: Floats) -> Interval:
@@ -450,10 +472,10 @@ def _interval(estimate: float, drawn: Floats) -> Interval:
     return Interval(float(estimate), float(low), float(high))
 
 
-def _compare(table: Floats, n: int, seed: int) -> Iterator[tuple[int, int, Interval, float, int]]:
-    """Of each pair i < j the difference, and of each i = j the value: indices, interval, p-value, samples."""
+def _compare(tables: Sequence[Floats], n: int, seed: int) -> list[tuple[int, int, int, Interval, float, int]]:
+    """Of each pair i < j the difference, of each i = j the value: column, i, j, interval, p-value, samples."""
     compared = []
-    for groups in _groups(table, combinations_with_replacement(range(table.shape[2]), 2)):
+    for groups in _groups(tables, alone=False):
         samples = groups[0].table.shape[-1]
         resampled = _products(groups, _multiplicities(samples, n, seed))
         swapped = _products(groups, (part.astype(np.float64) for part in swaps(samples, n, seed)))
@@ -463,27 +485,30 @@ def _compare(table: Floats, n: int, seed: int) -> Iterator[tuple[int, int, Inter
             row = {label: k for k, label in enumerate(group.labels)}
             for i, j in group.pairs:
                 a, b = row[i], row[j]
-                if not np.isfinite(estimate[[a, b]]).all():
+                value = estimate[a] if i == j else estimate[a] - estimate[b]
+                if not np.isfinite(value):
                     continue
                 if i == j:
-                    compared.append((i, j, _interval(estimate[a], drawn[a]), 1.0, samples))
-                    continue
-                exchanged = moved[:, :, b] - moved[:, :, a]
-                differences = _statistic(total[:, :, a, None] + exchanged) - _statistic(
-                    total[:, :, b, None] - exchanged
-                )
-                interval = _interval(estimate[a] - estimate[b], drawn[a] - drawn[b])
-                compared.append((i, j, interval, permutation_p(differences), samples))
-    return iter(sorted(compared))
+                    interval, p = _interval(value, drawn[a]), 1.0
+                else:
+                    interval = _interval(value, drawn[a] - drawn[b])
+                    gained = moved[:, :, b] - moved[:, :, a]
+                    first, second = total[:, :, a, None] + gained, total[:, :, b, None] - gained
+                    p = permutation_p(_statistic(first) - _statistic(second))
+                compared.append((group.column, i, j, interval, p, samples))
+    return sorted(compared)
 
 
-def _mean_curves(table: Floats, n: int, seed: int) -> Iterator[tuple[int, tuple[Interval, ...]]]:
-    for groups in _groups(table, ((i, i) for i in range(table.shape[2]))):
+def _mean_curves(tables: Sequence[Floats], n: int, seed: int) -> list[tuple[int, int, tuple[Interval, ...]]]:
+    """Name, explainer and points of each mean curve."""
+    curves = []
+    for groups in _groups(tables, alone=True):
         weights = _multiplicities(groups[0].table.shape[-1], n, seed)
         for group, products in zip(groups, _products(groups, weights), strict=True):
             estimates, drawn = _means(group.table.sum(-1)), _means(products)
             for k, label in enumerate(group.labels):
-                yield label, tuple(map(_interval, estimates[:, k], drawn[:, k]))
+                curves.append((group.column, label, tuple(map(_interval, estimates[:, k], drawn[:, k]))))
+    return sorted(curves)
 
 
 def _holm(p: Sequence[float]) -> list[float]:
@@ -744,7 +769,7 @@ def _plot_curves(board: Leaderboard) -> list[_Plot]:
                 estimate, low, high = np.array(curves[name]).T
                 axes.fill_between(board.fractions, low, high, color=colour, alpha=0.18, linewidth=0)
                 axes.plot(board.fractions, estimate, color=colour, linewidth=1.8, label=name)
-        axes.set_title(_short(label))
+        axes.set_title(_short(label), fontsize=8.5)
         axes.set_xlabel("fraction")
         axes.set_ylim(every.min() - 0.04 * span, every.max() + 0.04 * span)
         axes.legend(frameon=False, fontsize=7.5, labelcolor=_MUTED)
