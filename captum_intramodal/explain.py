@@ -196,8 +196,8 @@ def explain_batch(
                     Default: None, the model's own greedy answers.
         batch_size (int, optional): Number of examples that run together, which bounds memory.
                     Default: 8
-        scales, scale_weights, aggregation, changed_decisions, arc, crops, interpolate_pos_encoding, video, method, layer, max_new_tokens,
-                    working_memory, progress (optional): See :func:`explain`; the same for all.
+        scales, scale_weights, aggregation, changed_decisions, arc, crops, interpolate_pos_encoding, video, method,
+                    layer, max_new_tokens, working_memory, progress (optional): See :func:`explain`; the same for all.
 
     Returns:
         *list[Explanation]*: one per example, in their order.
