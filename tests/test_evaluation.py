@@ -374,6 +374,7 @@ def test_seconds_are_measured_only_where_passes_are_not_shared(tmp_path: Path) -
         evaluate(*demo(), "scenes:count=1", tmp_path / str(timing), CHEAP, ["pointing"], timing=timing)
         record = json.loads((tmp_path / str(timing) / "samples.jsonl").read_text())
         assert set(record["seconds"]) == (set(CHEAP) if timing else set())
+        assert ("| seconds |" in (tmp_path / str(timing) / "leaderboard.md").read_text()) == timing
 
 
 def test_runs_that_cannot_be(tmp_path: Path) -> None:

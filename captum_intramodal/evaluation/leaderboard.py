@@ -167,7 +167,8 @@ class Leaderboard:
         """
         tables = _tables(self, digits)
         values = [
-            [_escape(row.label), *map(_markdown_cell, row.values), row.seconds or _MISSING] for row in tables.rows
+            [_escape(row.label), *map(_markdown_cell, row.values), *([row.seconds or _MISSING] if self.seconds else [])]
+            for row in tables.rows
         ]
         differences = [
             [_escape(row.label), *map(_markdown_cell, row.differences)]
@@ -177,7 +178,7 @@ class Leaderboard:
         headings = [_escape(heading) for heading in tables.headings]
         blocks = [
             f"{_legend(self)} **Best** in bold.",
-            _markdown_table(["explainer", *headings, "seconds"], values),
+            _markdown_table(["explainer", *headings, *(["seconds"] if self.seconds else [])], values),
         ]
         if differences:
             blocks += [
@@ -256,6 +257,7 @@ class Leaderboard:
             legend=_legend(self),
             difference_legend=_difference_legend(self),
             plots=plots,
+            timed=bool(self.seconds),
             manifest=json.dumps(manifest, indent=2, ensure_ascii=False, default=str),
         )
         write_atomically(path, page.encode())
