@@ -190,7 +190,7 @@ def test_what_nobody_has_is_missing() -> None:
     assert f1.estimate == pytest.approx(2 * 0.25 * 0.5 / 0.75)
     assert all(map(math.isfinite, f1))
     assert [(p.first, p.second, p.column, p.samples) for p in board.pairs] == [("a", "b", "obj_iou", 1)]
-    assert "| c | – | – | – | – | – | – |" in board.to_markdown()
+    assert "| c | – | – | – | – | – |" in board.to_markdown()
 
 
 def test_the_order_of_records_does_not_matter(board: Leaderboard, records: list[Any], tmp_path: Path) -> None:
