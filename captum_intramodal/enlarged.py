@@ -32,14 +32,15 @@ class EnlargedAdapter(ModelAdapter):
         more_tokens (bool): Whether a larger picture makes more visual tokens, as where each has a place in it.
 
     Raises:
-        ValueError: no part of the model takes ``interpolate_pos_encoding``.
+        ValueError: no part of the model has ``interpolate_pos_encoding``.
     """
 
     def __init__(self, adapter: ModelAdapter, scale: float, more_tokens: bool) -> None:
         tables: list[Any] = position_tables(adapter.model)
         if not tables:
-            raise ValueError("no part of it takes interpolate_pos_encoding")
-        side, patch = tables[0].image_size, tables[0].patch_size
+            raise ValueError("no part of it has interpolate_pos_encoding")
+        patch = tables[0].patch_size
+        side = getattr(tables[0], "image_size", None) or _input_side(adapter.processor.image_processor)
 
         def enlarged(length: int) -> int:
             return max(patch, round(length * scale / patch) * patch)
@@ -70,6 +71,15 @@ class EnlargedAdapter(ModelAdapter):
     def geometry(self, image_sizes: Sequence[tuple[int, int]]) -> TokenGeometry:
         with interpolated_positions(self.model):
             return super().geometry(image_sizes)
+
+
+def _input_side(image_processor: Any) -> int:
+    for attribute in ("crop_size", "size"):
+        size = getattr(image_processor, attribute, None)
+        for length in [size] if isinstance(size, int) else dict(size or {}).values():
+            if isinstance(length, int):
+                return length
+    raise ValueError("its image processor does not say what size it makes pictures of")
 
 
 @dataclass(frozen=True)

@@ -299,8 +299,7 @@ def run_layers(
 def position_tables(model: nn.Module) -> list[nn.Module]:
     """Modules that embed a picture's patches with a table of positions and can interpolate it for other sizes."""
     name = "interpolate_pos_encoding"
-    tables = [m for m in model.modules() if hasattr(m, name) and isinstance(getattr(m, "patch_size", None), int)]
-    return [m for m in tables if name in signature(m.forward).parameters]
+    return [m for m in model.modules() if hasattr(m, name) and isinstance(getattr(m, "patch_size", None), int)]
 
 
 @contextmanager
@@ -310,7 +309,9 @@ def interpolated_positions(model: nn.Module) -> Iterator[None]:
     def ask(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         return args[:1], {**kwargs, "interpolate_pos_encoding": True}
 
-    handles = [table.register_forward_pre_hook(ask, with_kwargs=True) for table in position_tables(model)]
+    # Others, such as DINOv2's, do it unasked.
+    asked = [t for t in position_tables(model) if "interpolate_pos_encoding" in signature(t.forward).parameters]
+    handles = [table.register_forward_pre_hook(ask, with_kwargs=True) for table in asked]
     try:
         yield
     finally:

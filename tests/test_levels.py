@@ -200,7 +200,7 @@ def test_a_larger_input_size_for_maps_over_the_pixels() -> None:
 
 def test_where_the_input_size_cannot_be_enlarged() -> None:
     whole = picture(160, 120)
-    for model_type, reason in (("smolvlm", "no part of it takes interpolate_pos_encoding"), ("gemma3", "invalid for")):
+    for model_type, reason in (("smolvlm", "no part of it has interpolate_pos_encoding"), ("gemma3", "invalid for")):
         with pytest.raises(
             ValueError, match=rf"cannot see pictures at 1.5 times its input size: .*{reason}.*crops=True"
         ):
