@@ -56,16 +56,18 @@ def draw(board: Leaderboard, columns: list[str], file: Path) -> None:
         len(columns), len(SWEEP), figsize=(1.9 * len(SWEEP), 2.0 * len(columns)), squeeze=False, sharey="row",
         gridspec_kw={"width_ratios": [2 + len(values) for values in SWEEP.values()]},
     )  # fmt: skip
-    for row, name in zip(axes, columns, strict=True):
+    for number, (row, name) in enumerate(zip(axes, columns, strict=True)):
         for axis, (option, values) in zip(row, specs().items(), strict=True):
             for x, (_, spec) in enumerate(values):
                 estimate, low, high = board.rows[spec][name].interval
                 colour = "tab:orange" if spec == BASE else "tab:blue"
                 axis.errorbar(x, estimate, [[estimate - low], [high - estimate]], fmt="o", color=colour, markersize=4)
-            axis.set_xticks(range(len(values)), [v for v, _ in values] if row is axes[-1] else [], rotation=90)
+            axis.set_xticks(
+                range(len(values)), [v for v, _ in values] if number == len(columns) - 1 else [], rotation=90
+            )
             axis.tick_params(labelsize=6)
             axis.margins(x=0.1)
-            if row is axes[0]:
+            if number == 0:
                 axis.set_title(option, fontsize=8)
         row[0].set_ylabel(f"{chosen[name].title} {'↑' if chosen[name].higher_is_better else '↓'}", fontsize=8)
     figure.tight_layout()
