@@ -288,10 +288,17 @@ class Batches(Dataset[dict[str, Tensor]]):
     """One item is one training batch, a function of ``(seed, step)`` alone."""
 
     def __init__(
-        self, processor: LlavaProcessor, sprites: Path, size: int, batch_size: int, seed: int, steps: int
+        self,
+        processor: LlavaProcessor,
+        sprites: Path,
+        size: int,
+        batch_size: int,
+        seed: int,
+        steps: int,
+        single_first: bool,
     ) -> None:
         self.processor, self.sprites, self.size = processor, sprites, size
-        self.batch_size, self.seed, self.steps = batch_size, seed, steps
+        self.batch_size, self.seed, self.steps, self.single_first = batch_size, seed, steps, single_first
         self.ending = "<|im_end|>"
         everything = f"the picture shows {', '.join(['an elephant'] * 2)} and an elephant.{self.ending}"
         self.length = max(len(self._tokens(self._prompt(prompt), everything)[0]) for prompt in DESCRIBE_PROMPTS)
@@ -312,8 +319,8 @@ class Batches(Dataset[dict[str, Tensor]]):
 
     def __getitem__(self, step: int) -> dict[str, Tensor]:
         rng = np.random.default_rng((self.seed, step))
-        # Single objects first: their names come before their order.
-        single = max(0.25, 1 - 2.5 * step / self.steps)
+        # Names are learnt from single objects, their order later.
+        single = max(0.25, 1 - 2.5 * step / self.steps) if self.single_first else 0.25
         pictures = []
         input_ids = torch.full((self.batch_size, self.length), self.processor.tokenizer.pad_token_id)
         trained = torch.zeros(self.batch_size, self.length, dtype=torch.bool)
@@ -394,7 +401,7 @@ def train(
     sprites = make_sprites(parts)
     model, processor = assemble(parts, size)
     projector = model.model.multi_modal_projector
-    data = Batches(processor, sprites, size, batch_size, seed, steps)
+    data = Batches(processor, sprites, size, batch_size, seed, steps, single_first=start_from is None)
     optimizer = torch.optim.AdamW(projector.parameters(), lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
     start, checkpoint = 0, work / "checkpoint.pt"
     if checkpoint.exists():
@@ -448,6 +455,8 @@ def train(
     processor.save_pretrained(out)
     print(f"wrote {out}", flush=True)
     evaluate(out, sprites, size, scenes)
+    spec = f"scenes:size=[{size},{size}],objects=[1,3],classes={json.dumps(CLASSES)},sprites={sprites}"
+    print(f"These scenes, for captum_intramodal.datasets.open_dataset:\n{spec}")
 
 
 if __name__ == "__main__":
