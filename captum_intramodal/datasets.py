@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import pkgutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -587,7 +588,7 @@ def open_dataset(spec: str) -> EvaluationDataset:
         >>> open_dataset("data/GranDf")
     """
     folder = Path(spec)
-    if spec not in DATASETS and folder.is_dir():
+    if spec not in DATASETS and os.path.isdir(spec):  # Of a path too long for one, Path.is_dir raises OSError.
         if (folder / FolderDataset.FILE).is_file():
             return FolderDataset(folder)
         if (folder / "anno.json").is_file() or (folder / "annotations").is_dir():

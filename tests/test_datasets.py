@@ -410,6 +410,7 @@ def test_open_by_name_folder_and_class(tmp_path: Path) -> None:
     options = {"count": 3, "seed": 1, "objects": [2, 3], "overlap": 0.25, "task": "absent"}
     assert {key: scenes.settings[key] for key in options} == options
     assert len(open_dataset("scenes")) == 100
+    assert len(open_dataset(f"scenes:count=2{50 * ',size=[256,192]'}")) == 2, "longer than a file's name may be"
     line = {"image": "1.png"}
     folder = folder_of(tmp_path / "plain", line)
     assert isinstance(open_dataset(str(folder)), FolderDataset)
