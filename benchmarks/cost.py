@@ -290,7 +290,7 @@ def our_tam(
     lens: LogitLens, visual: Tensor, text: Tensor, classes: Tensor, words: Tensor, asked: int, grid: tuple[int, int]
 ) -> Tensor:
     """TAM of tokens with these ``classes``, whose strings are those of the ids ``words``, from hidden states; the first
-    ``asked`` of them are the question's. As in TAM's code a map begins at the smallest value that it or the text has."""
+    ``asked`` are the question's. As in TAM's code, a map begins at the smallest value that it or the text has."""
     maps = lens.activation(visual, classes).T.clamp_min(0).contiguous()
     activation = lens.activation(text, classes).T.clamp_min(0).contiguous()
     maps = estimated_causal_inference(maps, activation, words[:, None] == words)

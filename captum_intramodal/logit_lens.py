@@ -90,6 +90,11 @@ class LogitLens:
         self._replay: _TailReplay | None = None
         self._calibrate(model, inputs)
 
+    def fits(self, model: PreTrainedModel) -> bool:
+        """Whether the model still has the layers, the norm and the head that this lens reads with."""
+        parts = [*readable_layers(model), final_norm(model), model.get_output_embeddings()]
+        return parts == [*self.layers, self.norm, self.head]
+
     @property
     def tail(self) -> str:
         return "fast" if self._replay is None else "replay"
@@ -366,10 +371,10 @@ def _rank_keys(logits: Tensor, start: int, ids: Tensor | None = None) -> Tensor:
 def _top_keys(logits: Tensor, start: int, k: int) -> Tensor:
     """The k largest of :func:`_rank_keys`, in any order."""
     if k < logits.shape[1]:
-        values, ids = logits.topk(k, dim=1)
+        values, ids = logits.topk(k + 1, dim=1)
         # Of several that are as likely as the last of them, those with the smallest ids would count.
-        if int((logits >= values[:, -1:]).sum()) == values.numel():
-            return _rank_keys(values, start, ids)
+        if not bool((values[:, k] == values[:, k - 1]).any()):
+            return _rank_keys(values[:, :k], start, ids[:, :k])
     return _rank_keys(logits, start)
 
 
