@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -10,8 +11,13 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from captum_intramodal import ModelAdapter
 
 
-def load_adapter(checkpoint: Path, threads: int) -> ModelAdapter:
-    """A checkpoint in float32, on a fixed number of threads: figures should not depend on the machine."""
+def load_model(checkpoint: Path, threads: int) -> tuple[Any, Any]:
+    """A checkpoint in float32 and its processor, on a fixed number of threads: figures should not depend on the
+    machine."""
     torch.set_num_threads(threads)
     model = AutoModelForImageTextToText.from_pretrained(checkpoint, dtype=torch.float32).eval()
-    return ModelAdapter(model, AutoProcessor.from_pretrained(checkpoint))
+    return model, AutoProcessor.from_pretrained(checkpoint)
+
+
+def load_adapter(checkpoint: Path, threads: int) -> ModelAdapter:
+    return ModelAdapter(*load_model(checkpoint, threads))

@@ -1,4 +1,4 @@
-r"""The command line: ``captum-intramodal demo`` and ``captum-intramodal explain``."""
+r"""The command line: ``captum-intramodal demo``, ``explain``, ``check`` and ``evaluate``."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
@@ -15,9 +15,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
+from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn
+from rich.table import Column, Table
 
 if TYPE_CHECKING:
+    from captum_intramodal.evaluation import Leaderboard
     from captum_intramodal.explanation import Explanation
 
 app = typer.Typer(
@@ -35,7 +37,7 @@ ScalesOption = Annotated[
     typer.Option("--scales", help="Factors of the picture's size, such as 1,1.5,2; auto takes what suits the model."),
 ]
 ModelOption = Annotated[
-    str, typer.Option("--model", help="Directory of a checkpoint, or its id on the Hugging Face hub.")
+    str, typer.Option("--model", help="Directory of a checkpoint, its id on the Hugging Face hub, or demo.")
 ]
 DtypeOption = Annotated[str, typer.Option("--dtype", help="auto, float32, bfloat16 or float16.")]
 DeviceOption = Annotated[str, typer.Option("--device", help="cpu, cuda, ...; auto takes a GPU where there is one.")]
@@ -51,6 +53,13 @@ class Method(str, Enum):
     logit_lens = "logit_lens"
     layer_gradient_x_activation = "layer_gradient_x_activation"
     input_x_gradient = "input_x_gradient"
+
+
+class Answers(str, Enum):
+    """Of :func:`captum_intramodal.evaluation.evaluate`."""
+
+    dataset = "dataset"
+    model = "model"
 
 
 def fail(message: str) -> NoReturn:
@@ -145,6 +154,145 @@ def check(
         raise typer.Exit(1)
 
 
+@app.command()
+def evaluate(
+    model: ModelOption,
+    data: Annotated[
+        str,
+        typer.Option(
+            "--data", help="A folder, or scenes:count=100,objects=[2,4], coco:annotation_file=...,image_folder=..."
+        ),
+    ],
+    out: Annotated[Path, typer.Option("--out", help="Directory of this run; a killed run goes on there.")],
+    explainers: Annotated[
+        list[str] | None,
+        typer.Option(
+            help='Such as "logit_lens msea+arc:scales=[1,2] arc+grad_cam", the first is the reference; may be repeated.'
+        ),
+    ] = None,
+    metrics: Annotated[
+        list[str] | None, typer.Option(help='Such as "f1_iou pointing deletion:imputation=mean road"; may be repeated.')
+    ] = None,
+    answers: Annotated[Answers, typer.Option(help="Explain the data set's answers, or always the model's.")] = (
+        Answers.dataset
+    ),
+    reference: Annotated[
+        str | None, typer.Option(help="The explainer that the table compares with. Default: the first.")
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest answer to generate.", min=1)] = 64,
+    tagger: Annotated[
+        str | None, typer.Option(help="Dotted name of a tagger such as nltk.pos_tag. Default: HanTa.")
+    ] = None,
+    timing: Annotated[bool, typer.Option("--timing", help="Measure seconds; explainers then share no passes.")] = False,
+    fractions: Annotated[
+        str | None,
+        typer.Option(help="Where curves are measured, such as 0,0.01,0.02,0.05,0.1,0.2. Default: 0,0.1,...,1."),
+    ] = None,
+    batch_size: Annotated[int, typer.Option(help="Prompts that metrics run together.", min=1)] = 16,
+    dtype: DtypeOption = "auto",
+    device: DeviceOption = "auto",
+    device_map: Annotated[
+        str | None, typer.Option(help="auto spreads the model over devices; needs the package accelerate.")
+    ] = None,
+    revision: RevisionOption = None,
+    trust_remote_code: TrustOption = False,
+) -> None:
+    """Compare explainers on a data set; accelerate launch -m captum_intramodal evaluate ... shares the work."""
+    if out.exists() and not out.is_dir():
+        fail(f"{out} is a file; --out must be a directory.")
+    with console.status("Loading torch and transformers"):
+        from captum_intramodal.datasets import open_dataset
+        from captum_intramodal.evaluation import DEFAULT_EXPLAINERS, DEFAULT_METRICS, make_metric
+        from captum_intramodal.evaluation import evaluate as run
+        from captum_intramodal.explainers import make_explainer
+        from captum_intramodal.metrics import FRACTIONS
+    chosen = _split(explainers) or DEFAULT_EXPLAINERS
+    measured = _split(metrics) or DEFAULT_METRICS
+    with _one_line():  # What can be checked without the model is checked before it is loaded.
+        dataset = open_dataset(data)
+        for spec in chosen:
+            make_explainer(spec)
+        for spec in measured:
+            make_metric(spec)
+        tag = None if tagger is None else _resolve(tagger)
+    process = _Process()
+    if device == "auto" and process.device is not None:
+        device = process.device
+    with console.status(f"Loading {model}"), _quiet():
+        loaded, processor = _load(model, dtype, device, revision, trust_remote_code, device_map)
+    bar = Progress(*Progress.get_default_columns(), MofNCompleteColumn(), TimeElapsedColumn(), console=console)
+    with bar if process.rank == 0 else nullcontext(), _one_line(), _quiet():
+        task = bar.add_task("Evaluating", total=len(dataset))
+        board = run(
+            loaded,
+            processor,
+            dataset,
+            out,
+            chosen,
+            measured,
+            answers=answers.value,
+            max_new_tokens=max_new_tokens,
+            tagger=tag,
+            reference=reference,
+            timing=timing,
+            fractions=FRACTIONS if fractions is None else _parse_fractions(fractions),
+            batch_size=batch_size,
+            rank=process.rank,
+            world_size=process.world_size,
+            progress=lambda done, total: bar.update(task, completed=done, total=total),
+        )
+    if board is not None:
+        _print_board(board)
+        console.print(f"\nIntervals, tests and plots: [bold]{escape(str(out / 'index.html'))}[/]; tables beside it.")
+
+
+def _print_board(board: Leaderboard) -> None:
+    table = Table(
+        Column("explainer", overflow="fold"),
+        *(f"{c.title} {'↑' if c.higher_is_better else '↓'}" for c in board.columns),
+    )
+    for label, row in board.rows.items():
+        cells = [f"{row[c.name].interval.estimate:.3f}" if c.name in row else "–" for c in board.columns]
+        table.add_row(escape(label), *cells)
+    console.print(table)
+    for label, reasons in board.coverage.skipped.items():
+        for reason, count in reasons.items():
+            console.print(f"{escape(label)} left out {count} of {board.coverage.samples} samples: {escape(reason)}")
+
+
+class _Process:
+    """Which of the processes that ``accelerate launch`` started this is, and its device."""
+
+    def __init__(self) -> None:
+        self.rank, self.world_size, self.device = 0, 1, None
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            from accelerate import PartialState  # type: ignore[import-untyped]
+
+            state = PartialState()
+            self.rank, self.world_size, self.device = state.process_index, state.num_processes, str(state.device)
+
+
+def _split(specs: list[str] | None) -> list[str]:
+    """Specs are separated by space; there is none in them."""
+    return [spec for group in specs or () for spec in group.split()]
+
+
+def _parse_fractions(fractions: str) -> tuple[float, ...]:
+    try:
+        return tuple(float(part) for part in fractions.split(","))
+    except ValueError:
+        fail(f"--fractions takes numbers separated by commas such as 0,0.02,0.05,0.1; got {fractions!r}.")
+
+
+def _resolve(name: str) -> Any:
+    import pkgutil
+
+    try:
+        return pkgutil.resolve_name(name)
+    except (ValueError, ImportError, AttributeError) as error:
+        fail(f"--tagger {name} cannot be found: {error}")
+
+
 def _explain(
     model_id: str,
     images: list[Path],
@@ -209,12 +357,23 @@ def _open_picture(path: Path) -> Any:
         fail(f"{path} cannot be read as a picture: {error}")
 
 
-def _load(model_id: str, dtype: str, device: str, revision: str | None, trust_remote_code: bool) -> tuple[Any, Any]:
+def _load(
+    model_id: str,
+    dtype: str,
+    device: str,
+    revision: str | None,
+    trust_remote_code: bool,
+    device_map: str | None = None,
+) -> tuple[Any, Any]:
     import torch
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
     if dtype not in ("auto", "float32", "bfloat16", "float16"):
         fail(f"--dtype must be auto, float32, bfloat16 or float16, got {dtype!r}.")
+    if model_id == "demo" and not os.path.exists(model_id):
+        from captum_intramodal.demo import CHECKPOINT
+
+        model_id = str(CHECKPOINT)
     if model_id.startswith((".", "/", "~")) or os.path.exists(model_id):
         path = Path(model_id).expanduser()
         if not (path / "config.json").is_file():
@@ -225,10 +384,14 @@ def _load(model_id: str, dtype: str, device: str, revision: str | None, trust_re
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
         processor = AutoProcessor.from_pretrained(model_id, **options)
-        model = AutoModelForImageTextToText.from_pretrained(model_id, dtype=dtype, use_safetensors=True, **options)
+        model = AutoModelForImageTextToText.from_pretrained(
+            model_id, dtype=dtype, use_safetensors=True, device_map=device_map, **options
+        )
         if getattr(processor, "tokenizer", None) is None or getattr(processor, "image_processor", None) is None:
             fail(f"{model_id} is no image-text-to-text model: its processor is a {type(processor).__name__}.")
-        return model.eval().to(device), processor
+        # Quantised weights and those spread over devices stay where they are.
+        placed = device_map is not None or getattr(model, "hf_quantizer", None) is not None
+        return model.eval() if placed else model.eval().to(device), processor
     except ImportError as error:
         fail(f"{model_id} needs a package that is not installed ({error}); try: pip install torchvision")
     except (OSError, ValueError, KeyError, RuntimeError, TypeError) as error:

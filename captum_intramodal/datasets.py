@@ -16,10 +16,8 @@ A data set is anything with ``len``, ``dataset[i]`` that gives a :class:`Sample`
 from __future__ import annotations
 
 import hashlib
-import inspect
 import json
 import pkgutil
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -30,7 +28,9 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from PIL import Image
 
-from captum_intramodal.demo.scenes import CLASSES, SPRITES, Question, Scene, compose
+from captum_intramodal.demo.scenes import CLASSES, COLOURS, SPRITES, Question, Scene, compose
+from captum_intramodal.metrics.words import WordType
+from captum_intramodal.specs import build, parse_spec
 
 __all__ = [
     "DATASETS",
@@ -61,6 +61,9 @@ class Sample:
             Default: no categories
         captions (tuple[str, ...], optional): Reference texts that a generated answer can be compared with.
             Default: ()
+        word_types (Mapping[str, str], optional): ``'noun'``, ``'function'`` or ``'other'`` for words, in lower case,
+            whose type is annotated; a tagger is asked about others.
+            Default: none are
 
     Raises:
         ValueError: a mask that is not bool or not of the picture's size, or, from ``image``, no readable picture.
@@ -80,6 +83,7 @@ class Sample:
     answer: str | None = None
     categories: Mapping[str, np.ndarray] = field(default_factory=dict)
     captions: tuple[str, ...] = ()
+    word_types: Mapping[str, WordType] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         width, height = self.size
@@ -138,6 +142,14 @@ _TASKS: dict[str, Callable[[Scene, np.random.Generator, tuple[str, ...]], Questi
 }
 
 
+# What the scenes' answers are made of, beside the classes.
+_WORD_TYPES: dict[str, WordType] = {
+    **dict.fromkeys(("picture", "nothing"), "noun"),
+    **dict.fromkeys("a an the some and there no yes".split(), "function"),
+    **dict.fromkeys(("shows", "is", ".", ",", *COLOURS), "other"),
+}
+
+
 class SceneDataset:
     r"""
     Composed scenes with exact masks: any number of them, from a seed (see
@@ -169,7 +181,8 @@ class SceneDataset:
         sprites (Path, optional): Folder with ``<name>.webp`` of each.
             Default: the demo's
 
-    Every sample has all ``classes`` as categories, with empty masks for those that its scene does not show.
+    Every sample has all ``classes`` as categories, with empty masks for those that its scene does not show, and the
+    types of all words that the answers are made of.
 
     Raises:
         ValueError: unknown task, no such sprite, or no such number of scenes.
@@ -243,7 +256,8 @@ class SceneDataset:
         question = self._question(scene, np.random.default_rng((seed, 1)), self._classes)
         # The union of no masks is empty.
         categories = {name: scene.mask_of(name) for name in self._classes}
-        return Sample(str(seed), scene.image, question.prompt, question.answer, categories, (scene.description,))
+        types: dict[str, WordType] = {**_WORD_TYPES, **dict.fromkeys(self._classes, "noun")}
+        return Sample(str(seed), scene.image, question.prompt, question.answer, categories, (scene.description,), types)
 
 
 class CocoDataset:
@@ -579,42 +593,17 @@ def open_dataset(spec: str) -> EvaluationDataset:
         if (folder / "anno.json").is_file() or (folder / "annotations").is_dir():
             return TAMDataset(folder)
         raise ValueError(f"the folder {spec} has neither {FolderDataset.FILE} nor the TAM release's anno.json")
-    name, _, options = spec.partition(":")
+    name, options = parse_spec(spec)
     if name in DATASETS:
-        dataset = DATASETS[name]
-    else:
-        try:
-            dataset = pkgutil.resolve_name(name)
-        except (ValueError, ImportError, AttributeError) as error:
-            raise ValueError(
-                f"{spec!r} is no folder, and {name!r} none of {', '.join(DATASETS)} and no class ({error})"
-            ) from error
-    arguments = _parse_options(options)
+        return build(spec, DATASETS[name], options)
     try:
-        inspect.signature(dataset).bind(**arguments)
-    except TypeError as error:
-        raise ValueError(f"{spec!r}: {error}; {name} takes {inspect.signature(dataset)}") from error
-    return dataset(**arguments)
-
-
-def _parse_options(text: str) -> dict[str, Any]:
-    """``a=1,b=[2,3],c=word`` as a dict: JSON where a value is JSON up to the next comma, text otherwise."""
-    options: dict[str, Any] = {}
-    position = 0
-    while position < len(text):
-        name = re.compile(r"(\w+)=").match(text, position)
-        if name is None:
-            raise ValueError(f"option=value is expected at {text[position:]!r}")
-        try:
-            value, end = json.JSONDecoder().raw_decode(text, name.end())
-        except json.JSONDecodeError:
-            end = -1
-        if end != len(text) and text[end : end + 1] != ",":
-            end = (text + ",").index(",", name.end())
-            value = text[name.end() : end]
-        options[name[1]] = value
-        position = end + 1
-    return options
+        dataset = pkgutil.resolve_name(name)
+    except (ValueError, ImportError, AttributeError) as error:
+        raise ValueError(
+            f"{spec!r} is no folder, and {name!r} none of {', '.join(DATASETS)} and no class ({error})"
+        ) from error
+    own: EvaluationDataset = build(spec, dataset, options)
+    return own
 
 
 @contextmanager

@@ -20,7 +20,7 @@ from captum_intramodal.chunks import WORKING_MEMORY
 from captum_intramodal.explanation import Explanation
 from captum_intramodal.hooks import evaluation_mode
 from captum_intramodal.levels import Method, Scales
-from captum_intramodal.msea import Aggregation, check_scales, normalized_weights
+from captum_intramodal.msea import CHANGED_DECISIONS, Aggregation, ChangedDecisions, check_scales, normalized_weights
 from captum_intramodal.reading import Reading, read_answers
 
 __all__ = ["explain", "explain_batch", "relate"]
@@ -36,6 +36,7 @@ def explain(
     scales: Scales = "auto",
     scale_weights: Sequence[float] | None = None,
     aggregation: Aggregation = "mean",
+    changed_decisions: ChangedDecisions = "keep",
     arc: bool | Mapping[str, Any] | None = True,
     crops: bool = False,
     interpolate_pos_encoding: bool = False,
@@ -73,6 +74,11 @@ def explain(
                     Default: None, equal weights.
         aggregation (str, optional): ``'mean'``, ``'max'`` or ``'geometric_mean'``.
                     Default: ``'mean'``
+        changed_decisions (str, optional): What a scale counts for a token of the answer in whose place the model would
+                    say another one there. ``'keep'``: as much as for the others. ``'drop'``: nothing. ``'weigh'``: its
+                    weight times the token's probability there, relative to that at the original size, at most 1. Where
+                    that leaves a token no scale, all count. One more pass per scale, over prompt and answer.
+                    Default: ``'keep'``
         arc (bool or Mapping, optional): True for ARC with its defaults, a mapping with options of
                     :class:`~captum_intramodal.ActivationRankingCorrelation` (``k``, ``p``, ``weighting``, ...), None
                     or False for none.
@@ -136,6 +142,7 @@ def explain(
         scales=scales,
         scale_weights=scale_weights,
         aggregation=aggregation,
+        changed_decisions=changed_decisions,
         arc=arc,
         crops=crops,
         interpolate_pos_encoding=interpolate_pos_encoding,
@@ -159,6 +166,7 @@ def explain_batch(
     scales: Scales = "auto",
     scale_weights: Sequence[float] | None = None,
     aggregation: Aggregation = "mean",
+    changed_decisions: ChangedDecisions = "keep",
     arc: bool | Mapping[str, Any] | None = True,
     crops: bool = False,
     interpolate_pos_encoding: bool = False,
@@ -188,8 +196,8 @@ def explain_batch(
                     Default: None, the model's own greedy answers.
         batch_size (int, optional): Number of examples that run together, which bounds memory.
                     Default: 8
-        scales, scale_weights, aggregation, arc, crops, interpolate_pos_encoding, video, method, layer, max_new_tokens,
-                    working_memory, progress (optional): See :func:`explain`; the same for all.
+        scales, scale_weights, aggregation, changed_decisions, arc, crops, interpolate_pos_encoding, video, method,
+                    layer, max_new_tokens, working_memory, progress (optional): See :func:`explain`; the same for all.
 
     Returns:
         *list[Explanation]*: one per example, in their order.
@@ -223,6 +231,7 @@ def explain_batch(
         scales=scales,
         scale_weights=scale_weights,
         aggregation=aggregation,
+        changed_decisions=changed_decisions,
         arc=arc,
         crops=crops,
         interpolate_pos_encoding=interpolate_pos_encoding,
@@ -245,6 +254,7 @@ def _explain_together(
     scales: Scales,
     scale_weights: Sequence[float] | None,
     aggregation: Aggregation,
+    changed_decisions: ChangedDecisions,
     arc: bool | Mapping[str, Any] | None,
     crops: bool,
     interpolate_pos_encoding: bool,
@@ -254,6 +264,8 @@ def _explain_together(
     progress: Callable[[str], None] | None,
 ) -> list[Explanation]:
     pictures = [check_images(shown) for shown in images]
+    if changed_decisions not in CHANGED_DECISIONS:
+        raise ValueError(f"changed_decisions must be one of {CHANGED_DECISIONS}, got {changed_decisions!r}.")
     weight_of: dict[float, float] = {}
     if not isinstance(scales, str):
         scales = check_scales(scales)
@@ -293,12 +305,15 @@ def _explain_together(
                 crops,
                 interpolate_pos_encoding,
                 progress or _silent,
+                changed_decisions != "keep",
             )
         for reading, answer in zip(readings, answers[part], strict=True):
             origin = "given" if answer is not None else f"greedy, at most {max_new_tokens} tokens"
             suppress = arc is not None and arc is not False
             explanations.append(
-                _explanation(reading, ranking, suppress, weight_of, aggregation, settings | {"answer": origin})
+                _explanation(
+                    reading, ranking, suppress, weight_of, aggregation, changed_decisions, settings | {"answer": origin}
+                )
             )
     return explanations
 
@@ -309,6 +324,7 @@ def _explanation(
     suppress: bool,
     weight_of: Mapping[float, float],
     aggregation: Aggregation,
+    changed_decisions: ChangedDecisions,
     settings: dict[str, Any],
 ) -> Explanation:
     kept = [level.scale for level in reading.levels]
@@ -319,7 +335,7 @@ def _explanation(
             "another scale a weight."
         )
     weights = normalized_weights(kept, kept_weights)
-    maps = reading.maps(weights, aggregation)
+    maps = reading.maps(weights, aggregation, changed_decisions)
     context, probabilities = relate(ranking, reading)
     if suppress:
         maps = suppress_together(ranking, maps, context)
@@ -339,6 +355,7 @@ def _explanation(
             "dropped_scales": reading.dropped,
             "scale_weights": [round(w, 6) for w in weights.tolist()],
             "aggregation": aggregation,
+            "changed_decisions": changed_decisions,
             "method": reading.method,
             "levels": [
                 {

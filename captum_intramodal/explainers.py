@@ -8,14 +8,13 @@ An explainer turns an answer into one map per token over the original pictures. 
 from __future__ import annotations
 
 import json
-import re
 import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, ClassVar, Literal, Protocol, get_args
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol, get_args
 
 import numpy as np
 import torch
@@ -26,24 +25,34 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from captum_intramodal.adapter import Encoding, ModelAdapter, Prompt, check_images
-from captum_intramodal.arc import ARC, RankingPosition, Weighting, check_arc_options
+from captum_intramodal.arc import ARC, ContextRelevance, RankingPosition, Weighting, check_arc_options
 from captum_intramodal.canvas import draw_on_canvas
 from captum_intramodal.decoder import decoder_layers
 from captum_intramodal.explain import suppress_together
 from captum_intramodal.hooks import evaluation_mode
 from captum_intramodal.levels import Method, TokenLevel, find_sights, resize_pictures
 from captum_intramodal.metrics.faithfulness import IMPUTATIONS, Imputation, PictureRemoval
-from captum_intramodal.msea import Aggregation, aggregate, check_scales, normalized_weights
+from captum_intramodal.msea import (
+    AGGREGATIONS,
+    CHANGED_DECISIONS,
+    Aggregation,
+    ChangedDecisions,
+    aggregate,
+    check_scales,
+    normalized_weights,
+)
 from captum_intramodal.pixels import PixelForward
 from captum_intramodal.rankings import Normalization
-from captum_intramodal.reading import Reading, read_answer
+from captum_intramodal.reading import Reading, read_answer, text_positions
 from captum_intramodal.scoring import AnswerScorer
+from captum_intramodal.specs import build, parse_spec
 from captum_intramodal.tam import token_activation_map
 from captum_intramodal.visual_tokens import VisualTokenAttribution, draw_positions
 
 __all__ = [
     "EXPLAINERS",
     "Explainer",
+    "TextMaps",
     "eager_attention",
     "greedy_inclusion",
     "make_explainer",
@@ -89,6 +98,20 @@ class Explainer(Protocol):
         """
 
 
+class TextMaps(NamedTuple):
+    r"""
+    Relevance of a sequence's text tokens for the answer's.
+
+    Args:
+
+        positions (Tensor): Positions of the P text tokens, the answer's included, int64 (P,).
+        values (Tensor): float32 (T, P) of the answer's T tokens, not negative; 0 for tokens that are not earlier.
+    """
+
+    positions: Tensor
+    values: Tensor
+
+
 @dataclass(kw_only=True)
 class _Explainer(ABC):
     """What all explainers share: checks, borrowed state, and settings from their fields."""
@@ -126,6 +149,24 @@ class _Explainer(ABC):
     ) -> list[Tensor]:
         """The maps of checked input, in evaluation mode; negative values are clipped afterwards."""
 
+    def explain_text(
+        self, adapter: ModelAdapter, pictures: Sequence[Image.Image], prompt: Prompt, answer_ids: Sequence[int]
+    ) -> TextMaps:
+        r"""
+        What earlier text tokens matter to each of the answer's tokens.
+
+        Args:
+
+            adapter, pictures, prompt, answer_ids: As in a call.
+
+        Returns:
+            TextMaps: relevance of the sequence's text tokens.
+
+        Raises:
+            ValueError: an explainer that says nothing of text.
+        """
+        raise ValueError(f"{self.name} explains pictures only.")
+
 
 # --- One reading of the model for several explainers -----------------------------------------------------------------
 
@@ -140,10 +181,11 @@ class _Wish:
     method: Method = "logit_lens"
     crops: bool = False
     interpolate_pos_encoding: bool = False
+    decisions: bool = False
 
     @property
     def kind(self) -> tuple[Any, ...]:
-        return self.layer, self.method, self.crops, self.interpolate_pos_encoding
+        return self.layer, self.method, self.crops, self.interpolate_pos_encoding, self.decisions
 
     @property
     def divisible(self) -> bool:
@@ -181,6 +223,7 @@ class _Wish:
             method=self.method,
             crops=self.crops,
             interpolate_pos_encoding=self.interpolate_pos_encoding,
+            decisions=self.decisions,
         )
 
 
@@ -267,6 +310,8 @@ class _ScaleOptions:
     aggregation: Aggregation = "mean"
 
     def __post_init__(self) -> None:
+        if self.aggregation not in AGGREGATIONS:
+            raise ValueError(f"aggregation must be one of {AGGREGATIONS}, got {self.aggregation!r}.")
         if self.scales != "auto":
             self.scales = check_scales(self.scales)
             normalized_weights(self.scales, self.scale_weights)
@@ -297,11 +342,14 @@ class _RankingOptions:
         check_arc_options(self.k, self.p, self.normalization, self.weighting, self.ranking_position, self.strength)
         self.layers = tuple(self.layers)
 
-    def suppress(self, adapter: ModelAdapter, maps: Sequence[Tensor], reading: Reading) -> list[Tensor]:
-        """Of maps of all text tokens, or of the last ones, which are then each other's only context."""
+    def compare(self, adapter: ModelAdapter, reading: Reading) -> tuple[ARC, ContextRelevance]:
         arc = ARC(model=adapter.lens, **{f.name: getattr(self, f.name) for f in fields(_RankingOptions)})
         states = [reading.ranking_states[layer] for layer in arc.layers]
-        context = arc.compare(states, reading.last, reading.text.ids)
+        return arc, arc.compare(states, reading.last, reading.text.ids)
+
+    def suppress(self, adapter: ModelAdapter, maps: Sequence[Tensor], reading: Reading) -> list[Tensor]:
+        """Of maps of all text tokens, or of the last ones, which are then each other's only context."""
+        arc, context = self.compare(adapter, reading)
         last = (slice(-len(maps[0]), None),) * 2
         explained = replace(
             context,
@@ -343,6 +391,7 @@ class LogitLensMaps(_Explainer):
             self.method,
             self.crops,
             self.interpolate_pos_encoding,
+            getattr(self, "changed_decisions", "keep") != "keep",
         )
 
     def explain(
@@ -351,19 +400,43 @@ class LogitLensMaps(_Explainer):
         reading = _read((adapter, pictures, prompt, answer_ids), self.wish)
         return [m[-len(answer_ids) :] for m in self.maps(adapter, reading)]
 
+    def explain_text(
+        self, adapter: ModelAdapter, pictures: Sequence[Image.Image], prompt: Prompt, answer_ids: Sequence[int]
+    ) -> TextMaps:
+        """Text activation, in ARC times rank-biased overlap: what is left where irrelevant context is suppressed."""
+        reading = _read((adapter, pictures, prompt, list(answer_ids)), self.wish)
+        ranking = self if isinstance(self, _RankingOptions) else _RankingOptions()
+        _, context = ranking.compare(adapter, reading)
+        weighting: Weighting = "relevance*text_activation" if ranking is self else "text_activation"
+        return TextMaps(reading.text.positions, context.weights(weighting)[-len(answer_ids) :].cpu())
+
     def maps(self, adapter: ModelAdapter, reading: Reading) -> list[Tensor]:
         """Of all text tokens."""
         kept = [level.scale for level in reading.levels]
-        options = self if isinstance(self, _ScaleOptions) else _ScaleOptions()
-        maps = reading.maps(options.weights_of(kept), options.aggregation)
+        options = self if isinstance(self, MSEAMaps) else MSEAMaps()
+        maps = reading.maps(options.weights_of(kept), options.aggregation, options.changed_decisions)
         return self.suppress(adapter, maps, reading) if isinstance(self, _RankingOptions) else maps
 
 
 @dataclass(kw_only=True)
 class MSEAMaps(_ScaleOptions, LogitLensMaps):
-    """The logit lens at several scales."""
+    r"""
+    The logit lens at several scales.
+
+    Args:
+
+        scales, scale_weights, aggregation, changed_decisions (optional): See :func:`captum_intramodal.explain`.
+        layer, method, crops, interpolate_pos_encoding (optional): See :class:`LogitLensMaps`.
+    """
 
     name: ClassVar[str] = "msea"
+
+    changed_decisions: ChangedDecisions = "keep"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.changed_decisions not in CHANGED_DECISIONS:
+            raise ValueError(f"changed_decisions must be one of {CHANGED_DECISIONS}, got {self.changed_decisions!r}.")
 
 
 @dataclass(kw_only=True)
@@ -374,13 +447,13 @@ class ARCMaps(_RankingOptions, LogitLensMaps):
 
 
 @dataclass(kw_only=True)
-class MSEAAndARCMaps(_ScaleOptions, _RankingOptions, LogitLensMaps):
+class MSEAAndARCMaps(_RankingOptions, MSEAMaps):
     """The logit lens at several scales, without the interference of irrelevant context: ``explain()``."""
 
     name: ClassVar[str] = "msea+arc"
 
     def __post_init__(self) -> None:
-        _ScaleOptions.__post_init__(self)
+        MSEAMaps.__post_init__(self)
         _RankingOptions.__post_init__(self)
 
 
@@ -430,6 +503,12 @@ class TAM(_Explainer):
         )
         drawn = draw_on_canvas(maps, boxes, picture.size, (2 * grid[0], 2 * grid[1]))
         return [drawn[-len(answer_ids) :]]
+
+    def explain_text(
+        self, adapter: ModelAdapter, pictures: Sequence[Image.Image], prompt: Prompt, answer_ids: Sequence[int]
+    ) -> TextMaps:
+        """The text activation, by which it weighs its context."""
+        return LogitLensMaps(layer=self.layer).explain_text(adapter, pictures, prompt, answer_ids)
 
 
 # --- MSEA and ARC around any explainer -------------------------------------------------------------------------------
@@ -531,9 +610,25 @@ class _AttentionMaps(_Explainer):
     def explain(
         self, adapter: ModelAdapter, pictures: list[Image.Image], prompt: Prompt, answer_ids: list[int]
     ) -> list[Tensor]:
-        sizes = [picture.size for picture in pictures]
-        _check_sequence(self, adapter, sizes)
-        encoding = adapter.encode(adapter.prepare(pictures, prompt), answer_ids)
+        encoding, values = self.read(adapter, pictures, prompt, answer_ids)
+        return draw_positions(values, adapter, encoding.input_ids, [picture.size for picture in pictures])
+
+    def explain_text(
+        self, adapter: ModelAdapter, pictures: Sequence[Image.Image], prompt: Prompt, answer_ids: Sequence[int]
+    ) -> TextMaps:
+        """The same values at the text tokens."""
+        with torch.enable_grad(), evaluation_mode(adapter.model, gradients=True):
+            encoding, values = self.read(adapter, pictures, prompt, answer_ids)
+        positions = text_positions(adapter, encoding)
+        # The position before a token sees all up to itself.
+        return TextMaps(positions, values.detach().float().clamp_min(0).cpu()[:, positions])
+
+    def read(
+        self, adapter: ModelAdapter, pictures: Sequence[Image.Image], prompt: Prompt, answer_ids: Sequence[int]
+    ) -> tuple[Encoding, Tensor]:
+        """The sequence, and what each of its positions says of the answer's T tokens, (T, positions)."""
+        _check_sequence(self, adapter, [picture.size for picture in pictures])
+        encoding = adapter.encode(adapter.prepare(list(pictures), prompt), list(answer_ids))
         length, layers = len(encoding.input_ids), len(decoder_layers(adapter.model))
         with eager_attention(adapter.model):
             output = self.run(adapter, encoding)
@@ -546,8 +641,7 @@ class _AttentionMaps(_Explainer):
                 f"shape {', '.join(map(str, shapes)) or 'none'}; {self.name} needs (1, heads, {length}, {length}) of "
                 f"{'all layers' if self.needs_all_layers else 'at least one'}."
             )
-        values = self.rows(encoding, output.logits[0], attentions)
-        return draw_positions(values, adapter, encoding.input_ids, sizes)
+        return encoding, self.rows(encoding, output.logits[0], attentions)
 
     def run(self, adapter: ModelAdapter, encoding: Encoding) -> Any:
         with torch.no_grad():
@@ -1040,6 +1134,15 @@ class RandomMaps(_Explainer):
             maps.append(torch.from_numpy(noise))
         return maps
 
+    def explain_text(
+        self, adapter: ModelAdapter, pictures: Sequence[Image.Image], prompt: Prompt, answer_ids: Sequence[int]
+    ) -> TextMaps:
+        encoding = adapter.encode(adapter.prepare(list(pictures), prompt), list(answer_ids))
+        positions = text_positions(adapter, encoding)
+        generator = np.random.default_rng([self.seed, *answer_ids])
+        noise = torch.from_numpy(generator.random((len(answer_ids), len(positions)), np.float32))
+        return TextMaps(positions, noise * (positions < positions[-len(answer_ids) :, None]))
+
 
 @dataclass(kw_only=True)
 class CentreGaussian(_Explainer):
@@ -1128,11 +1231,9 @@ def make_explainer(spec: str) -> Explainer:
         >>> make_explainer("msea+arc+grad_cam:layer=-3").name
         'msea+arc+grad_cam'
     """
-    name, _, text = spec.strip().partition(":")
-    options = _parse_options(spec, text)
-    known = EXPLAINERS.get(name)
-    if known is not None:
-        return _build(spec, known, options)
+    name, options = parse_spec(spec)
+    if name in EXPLAINERS:
+        return build(spec, EXPLAINERS[name], options)
     around, _, base = name.rpartition("+")
     wrappers = around.split("+")
     if base not in EXPLAINERS or base in (*_AROUND, LogitLensMaps.name) or around not in ("msea", "arc", "msea+arc"):
@@ -1142,39 +1243,12 @@ def make_explainer(spec: str) -> Explainer:
         )
     own = {wrapper: _options_of(_AROUND[wrapper]) - {"base"} for wrapper in wrappers}
     inner = {key: value for key, value in options.items() if not any(key in names for names in own.values())}
-    explainer = _build(spec, EXPLAINERS[base], inner)
+    explainer = build(spec, EXPLAINERS[base], inner)
     for wrapper in wrappers:  # ARC is around MSEA.
         outer = {key: value for key, value in options.items() if key in own[wrapper]}
-        explainer = _build(spec, _AROUND[wrapper], outer | {"base": explainer})
+        explainer = build(spec, _AROUND[wrapper], outer | {"base": explainer})
     return explainer
 
 
 def _options_of(explainer: Any) -> set[str]:
     return {f.name for f in fields(explainer)}
-
-
-def _build(spec: str, explainer: Callable[..., Explainer], options: dict[str, Any]) -> Explainer:
-    if unknown := sorted(set(options) - _options_of(explainer)):
-        raise ValueError(
-            f"{spec!r} has options {', '.join(unknown)} that do not exist; there are "
-            f"{', '.join(sorted(_options_of(explainer))) or 'none'}."
-        )
-    try:
-        return explainer(**options)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{spec!r}: {error}") from error
-
-
-def _parse_options(spec: str, text: str) -> dict[str, Any]:
-    options: dict[str, Any] = {}
-    # Commas within brackets or quotes belong to a value.
-    for part in re.findall(r'(?:"[^"]*"|\[[^\]]*\]|[^,\["])+', text):
-        key, equals, value = part.partition("=")
-        key = key.strip()
-        if not equals or not key.isidentifier() or key in options:
-            raise ValueError(f"{spec!r}: options are name=value, each once, separated by commas; got {part!r}.")
-        try:
-            options[key] = json.loads(value)
-        except json.JSONDecodeError:
-            options[key] = value.strip()
-    return options

@@ -23,6 +23,8 @@ DEFAULT_SCALES: tuple[float, ...] = (1.0, 1.5, 2.0)
 
 Aggregation = Literal["mean", "max", "geometric_mean"]
 AGGREGATIONS: tuple[str, ...] = get_args(Aggregation)
+ChangedDecisions = Literal["keep", "drop", "weigh"]
+CHANGED_DECISIONS: tuple[str, ...] = get_args(ChangedDecisions)
 
 
 def check_scales(scales: Sequence[float]) -> tuple[float, ...]:
@@ -59,7 +61,8 @@ def aggregate(maps: Iterable[Tensor], weights: Tensor, aggregation: Aggregation 
 
         maps (Iterable[Tensor]): One map per scale, all of the same shape, in the frame of the original input. For a
                     mean, one at a time is taken.
-        weights (Tensor): float32 (scales,), of sum 1.
+        weights (Tensor): float32 (scales,), of sum 1; or (scales, N) with weights for each of the N first entries of a
+                    map. A scale of weight 0 is left out.
         aggregation (str, optional): ``'mean'``: the weighted mean. ``'max'``: the largest weighted value, times the
                     number of scales. ``'geometric_mean'``: of non-negative maps, what all scales agree on; negative
                     values count as 0.
@@ -72,19 +75,23 @@ def aggregate(maps: Iterable[Tensor], weights: Tensor, aggregation: Aggregation 
         raise ValueError(f"aggregation must be one of {AGGREGATIONS}, got {aggregation!r}.")
     if aggregation == "mean":
         total: Tensor | None = None
-        for weight, values in zip(weights.tolist(), maps, strict=True):
+        for weight, values in zip(weights, maps, strict=True):
             if total is None:
                 dtype = torch.promote_types(values.dtype, torch.float32)
                 total = torch.zeros(values.shape, dtype=dtype, device=values.device)
-            total.add_(values, alpha=weight)
+            if weight.ndim:
+                total.addcmul_(values.to(total), weight.to(total).reshape(-1, *[1] * (values.ndim - 1)))
+            else:
+                total.add_(values, alpha=float(weight))
         if total is None:
             raise ValueError("There are no maps to combine.")
         return total
     stack = torch.stack([values.to(torch.promote_types(values.dtype, torch.float32)) for values in maps]).contiguous()
-    column = weights.to(stack).reshape(-1, *[1] * (stack.ndim - 1))
+    column = weights.to(stack).reshape(*weights.shape, *[1] * (stack.ndim - weights.ndim))
+    counts = column > 0
     if aggregation == "max":
-        return (stack * column).amax(0) * len(stack)
-    return (stack.clamp_min(1e-12).log() * column).sum(0).exp() * (stack > 0).all(0)
+        return (stack * column).amax(0) * counts.sum(0)
+    return (stack.clamp_min(1e-12).log() * column).sum(0).exp() * ((stack > 0) | ~counts).all(0)
 
 
 class MultiScaleExplanationAggregation(WrapperAttribution):

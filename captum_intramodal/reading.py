@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
@@ -31,10 +31,11 @@ from captum_intramodal.levels import (
     visual_states,
 )
 from captum_intramodal.logit_lens import select_layers
-from captum_intramodal.msea import Aggregation, aggregate
+from captum_intramodal.msea import Aggregation, ChangedDecisions, aggregate
+from captum_intramodal.scoring import AnswerScorer
 from captum_intramodal.text import decode_pieces, find_spans
 
-__all__ = ["Reading", "TextTokens", "read_answer", "read_answers"]
+__all__ = ["Decision", "Reading", "TextTokens", "read_answer", "read_answers"]
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,18 @@ def text_positions(adapter: ModelAdapter, encoding: Encoding) -> Tensor:
     return is_text.nonzero().flatten()
 
 
+class Decision(NamedTuple):
+    """What the model decides at one scale, given the answer so far.
+
+    Attributes:
+        log_probability (Tensor): of the answer's T tokens, float32 (T,).
+        likeliest (Tensor): the most likely tokens in their places, int64 (T,).
+    """
+
+    log_probability: Tensor
+    likeliest: Tensor
+
+
 @dataclass(frozen=True)
 class Reading:
     """All that an explanation is made of, before scales are aggregated and context is suppressed.
@@ -90,6 +103,8 @@ class Reading:
         last (Tensor): likewise of the last layer.
         n_answer (int): number of the text tokens, the last ones, that are the answer.
         working_memory (int): bytes that a step which works in parts takes at a time.
+        decisions (dict[float, Decision] or None): by scale, that of the originals included, what the model would say
+            there; None if nobody asked.
     """
 
     pictures: list[Image.Image]
@@ -101,10 +116,15 @@ class Reading:
     last: Tensor
     n_answer: int
     working_memory: int = WORKING_MEMORY
+    decisions: dict[float, Decision] | None = None
 
-    def maps(self, weights: Tensor, aggregation: Aggregation = "mean") -> list[Tensor]:
+    def maps(
+        self, weights: Tensor, aggregation: Aggregation = "mean", changed_decisions: ChangedDecisions = "keep"
+    ) -> list[Tensor]:
         """Per picture the maps of all text tokens over its frame, float32 (T, rows, columns), aggregated over the
         levels with their weights. The canvas is as fine as the finest level."""
+        if changed_decisions != "keep" and len(self.levels) > 1:
+            weights = self._weights_of_decisions(weights, changed_decisions)
         result = []
         for image, picture in enumerate(self.pictures):
             grids = [level.grid(image, picture.size) for level in self.levels]
@@ -112,6 +132,24 @@ class Reading:
             drawn = (level.draw(image, picture.size, grid, self.working_memory) for level in self.levels)
             result.append(aggregate(drawn, weights, aggregation))
         return result
+
+    def _weights_of_decisions(self, weights: Tensor, changed_decisions: ChangedDecisions) -> Tensor:
+        """(levels, T): those of the answer's tokens by what the model would have said at each scale."""
+        if self.decisions is None:
+            raise ValueError("What the model would say at the other scales was not read.")
+        original = self.decisions[1.0]
+        factors = torch.ones(len(self.levels), len(self.text.ids))
+        for row, level in zip(factors, self.levels, strict=True):
+            decision = self.decisions[level.scale]
+            row[-len(original.likeliest) :] = (
+                (decision.likeliest == original.likeliest).float()
+                if changed_decisions == "drop"
+                else (decision.log_probability - original.log_probability).exp().clamp_max(1)
+            )
+        weighted = weights[:, None] * factors
+        # Where the decision is another one at every scale that counts, all of them do.
+        weighted = torch.where(weighted.sum(0) > 0, weighted, weights[:, None])
+        return weighted / weighted.sum(0)
 
 
 def read_answer(
@@ -139,6 +177,7 @@ def read_answers(
     crops: bool = False,
     interpolate_pos_encoding: bool = False,
     report: Callable[[str], None] = lambda line: None,
+    decisions: bool = False,
 ) -> list[Reading]:
     """Runs the model, on all examples together where it can: generation where no answer is given, one teacher-forced
     pass, one pass per other scale."""
@@ -191,6 +230,7 @@ def read_answers(
                 last=last,
                 n_answer=len(example.encoding.answer_ids),
                 working_memory=adapter.working_memory,
+                decisions=_decide(adapter, example, kept) if decisions else None,
             )
         )
     return readings
@@ -312,6 +352,24 @@ def _look(
             activation = torch.cat(parts, dim=1)
         levels[i] = TokenLevel(scale, activation.clamp_min(0).cpu(), geometry)
     return levels
+
+
+def _decide(adapter: ModelAdapter, example: _Example, sights: Mapping[float, Sight]) -> dict[float, Decision]:
+    """What the model would say at each scale and of the originals, in one teacher-forced pass each."""
+    decided = {}
+    for scale in dict.fromkeys((1.0, *sights)):
+        sight = sights.get(scale)
+        viewer, bare = (sight.adapter, sight.sight) if isinstance(sight, Enlarged) else (adapter, sight)
+        if isinstance(bare, Windows):
+            raise ValueError(
+                "A cut-out shows the model a part of the picture; what it would say of the whole at that scale is not "
+                'known. Leave out crops, or changed_decisions="drop" or "weigh".'
+            )
+        shown = example.pictures if bare is None else resize_pictures(example.pictures, bare.image_sizes)
+        scorer = AnswerScorer(viewer, example.prompt, example.encoding.answer_ids)
+        log_probability, likeliest = scorer.predict([shown])
+        decided[scale] = Decision(log_probability[0], likeliest[0])
+    return decided
 
 
 def _passes(sight: TokenGeometry | PixelMaps | Windows, example: _Example) -> list[list[Image.Image]]:

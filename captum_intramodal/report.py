@@ -87,7 +87,7 @@ def render_html(explanation: ExplanationLike) -> str:
         >>> write_atomically("explanation.html", render_html(explanation).encode())
     """
     n_prompt = len(explanation.prompt_words)
-    return _template().render(
+    return page_template("explanation.html.j2").render(
         answer=explanation.answer,
         pictures=[_embed(image) for image in explanation.images],
         prompt_pieces=list(_pieces(explanation.prompt, explanation.prompt_words, 0)),
@@ -165,15 +165,15 @@ def write_atomically(path: str | os.PathLike[str], content: bytes) -> Path:
 # --- the page ---------------------------------------------------------------------------------------------------------
 
 
-@lru_cache(maxsize=1)
-def _template() -> jinja2.Template:
+@lru_cache
+def page_template(name: str) -> jinja2.Template:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
     )
     environment.filters["csp_hash"] = lambda text: base64.b64encode(sha256(text.encode()).digest()).decode()
-    return environment.get_template("explanation.html.j2")
+    return environment.get_template(name)
 
 
 def _page_data(explanation: ExplanationLike) -> dict[str, Any]:
@@ -299,7 +299,7 @@ def _columns(n_panels: int, aspect: float) -> int:
 
 
 @lru_cache(maxsize=1)
-def _fonts() -> list[str]:
+def fonts() -> list[str]:
     """The default font, and the installed ones that know the scripts it lacks."""
     installed = set(get_font_names())
     wanted = ("Noto Sans CJK SC", "Noto Sans CJK JP", "PingFang SC", "Microsoft YaHei", "Noto Sans Devanagari")
@@ -335,7 +335,7 @@ def _sheet(
     FigureCanvasAgg(figure)
 
     def write(x: float, y: float, text: str, size: float, colour: str, weight: str = "normal", **kwargs: Any) -> Any:
-        font = FontProperties(family=_fonts(), size=size, weight=weight)
+        font = FontProperties(family=fonts(), size=size, weight=weight)
         # A dollar sign in an answer is a dollar sign, not mathematics.
         return figure.text(
             x / width, 1 - y / height, text, color=colour, fontproperties=font, parse_math=False, **kwargs

@@ -50,7 +50,6 @@ class AnswerScorer:
         self.answer_ids = adapter.tokenize_answer(answer)
         self.batch_size = batch_size
 
-    @torch.no_grad()
     def log_probability(
         self,
         pictures: Sequence[Pictures],
@@ -75,10 +74,32 @@ class AnswerScorer:
             ValueError: not as many lists of positions as prompts, or positions outside the sequence; the processor
                 makes prompts of different lengths of the pictures, so that positions have no meaning.
         """
+        return self._run(pictures, replaced, baseline)[0]
+
+    def predict(self, pictures: Sequence[Pictures]) -> tuple[Tensor, Tensor]:
+        r"""
+        Args:
+
+            pictures (Sequence): For each prompt its picture or pictures.
+
+        Returns:
+            *tuple* of Tensors (prompts, tokens of the answer) on the CPU: the log-probabilities, float32, and the ids
+            of the most likely tokens in their places, int64.
+        """
+        return self._run(pictures)
+
+    @torch.no_grad()
+    def _run(
+        self,
+        pictures: Sequence[Pictures],
+        replaced: Sequence[Tensor] | None = None,
+        baseline: int | None = None,
+    ) -> tuple[Tensor, Tensor]:
         if replaced is not None and len(replaced) != len(pictures):
             raise ValueError(f"{len(replaced)} lists of positions for {len(pictures)} prompts.")
         shown = [[p] if isinstance(p, Image.Image) else list(p) for p in pictures]
         result = torch.empty(len(shown), len(self.answer_ids))
+        likeliest = torch.empty(result.shape, dtype=torch.int64)
         lengths = set()
         with evaluation_mode(self.adapter.model):
             for start in range(0, len(shown), self.batch_size):
@@ -89,13 +110,13 @@ class AnswerScorer:
                     if replaced is not None:
                         lengths |= {encoding.prompt_length for encoding in encodings}
                         self._replace(encodings, [replaced[number] for number in numbers], baseline)
-                    result[numbers] = self._read(encodings)
+                    result[numbers], likeliest[numbers] = self._read(encodings)
         if len(lengths) > 1:
             raise ValueError(
                 f"The processor makes prompts of {sorted(lengths)} tokens of these pictures; positions in one are not "
                 "those in another. Change pictures in a way that keeps their layout, or words only."
             )
-        return result
+        return result, likeliest
 
     def without_tokens(
         self, pictures: Pictures, positions: Tensor, removed: Tensor, baseline: int | None = None
@@ -132,11 +153,11 @@ class AnswerScorer:
             ids[encoding.row, (where + padding).to(ids.device)] = token
         inputs[key] = ids
 
-    def _read(self, encodings: Sequence[Encoding]) -> Tensor:
+    def _read(self, encodings: Sequence[Encoding]) -> tuple[Tensor, Tensor]:
         """Of the answers, which end the sequences: all padding is on the left."""
         count = len(self.answer_ids)
         # The head need not run over the whole prompt.
         few = {"logits_to_keep": count + 1} if "logits_to_keep" in self.adapter.reads else {}
         logits = self.adapter.run(encodings[0].inputs | few).logits[:, -count - 1 : -1].float().log_softmax(-1)
         ids = torch.tensor(self.answer_ids, device=logits.device).expand(len(encodings), -1)
-        return logits.gather(2, ids[..., None])[..., 0].cpu()
+        return logits.gather(2, ids[..., None])[..., 0].cpu(), logits.argmax(-1).cpu()

@@ -433,7 +433,7 @@ def test_what_cannot_be_opened(tmp_path: Path) -> None:
         (str(tmp_path / "gone"), "is no folder"),
         ("sceens:count=1", "scenes, coco, tam, folder"),
         ("scenes:cuont=1", "cuont.*count"),
-        ("scenes:count", "option=value"),
+        ("scenes:count", "name=value"),
         (f"folder:folder={tmp_path}/gone", "cannot be read"),
     ):
         with pytest.raises(ValueError, match=said):

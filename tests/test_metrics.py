@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from scipy.stats import permutation_test
 
 from captum_intramodal.metrics import (
     Interval,
@@ -19,6 +20,7 @@ from captum_intramodal.metrics import (
     object_iou,
     otsu_threshold,
     paired_bootstrap_difference,
+    paired_permutation_test,
     pointing_hit,
     statistics,
 )
@@ -325,6 +327,64 @@ def test_paired_difference() -> None:
     forth = paired_bootstrap_difference(columns[0], columns[1], f1_iou, n=500)
     back = paired_bootstrap_difference(columns[1], columns[0], f1_iou, n=500)
     assert forth == pytest.approx((-back.estimate, -back.high, -back.low))
+
+
+def test_permutation_test_equals_scipys() -> None:
+    generator = np.random.default_rng(10)
+    first, second = generator.random((2, 9, 2))
+
+    def mean_gap(a: Any, b: Any, axis: int) -> Any:
+        return (a - b).mean(axis)
+
+    # SciPy swaps one column: here the numbers of the rows.
+    rows = np.concatenate([first, second])
+
+    def f1_gap(a: Any, b: Any, axis: int) -> Any:
+        one, other = (f1_iou(*np.moveaxis(rows[numbers.astype(int)], -1, 0), axis=axis) for numbers in (a, b))
+        return one - other
+
+    exact = permutation_test((first[:, 0], second[:, 0]), mean_gap, permutation_type="samples")
+    assert paired_permutation_test(first[:, 0], second[:, 0]) == pytest.approx(exact.pvalue)
+    exact = permutation_test((np.arange(9.0), np.arange(9.0, 18)), f1_gap, permutation_type="samples")
+    assert 0.01 < exact.pvalue < 0.9
+    assert paired_permutation_test(first, second, f1_iou) == pytest.approx(exact.pvalue)
+    random = paired_permutation_test(first, second, f1_iou, n=500, seed=1)
+    assert random == pytest.approx(exact.pvalue, abs=4 * (exact.pvalue / 500) ** 0.5)
+    assert random != paired_permutation_test(first, second, f1_iou, n=500, seed=2)
+
+
+def test_permutation_test_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Differences 1, 2, 3: of the eight signs only + + + and - - - reach their sum.
+    assert paired_permutation_test([2.0, 3.0, 4.0], [1.0, 1.0, 1.0], n=8) == 2 / 8
+    assert paired_permutation_test([1.0, 2.0], [1.0, 2.0]) == 1
+    # 0.1 + 0.2 - 0.3 sums to another rounding error in another order; all signs reach a difference of 0.
+    assert paired_permutation_test([0.1, 0.2, 0.0], [0.0, 0.0, 0.3]) == 1
+    # Never 0: the rows as they are count too.
+    assert paired_permutation_test(np.ones(100), np.zeros(100), n=99) == 1 / 100
+    generator = np.random.default_rng(11)
+    first, second = generator.normal(size=(2, 40))
+    expected = paired_permutation_test(first, second, n=101, seed=3)
+    flips = np.random.default_rng(3).random((101, 40)) < 0.5
+    signs = np.where(flips, -1, 1)
+    hits = sum(abs((sign * (first - second)).mean()) >= abs((first - second).mean()) for sign in signs)
+    assert expected == (1 + hits) / 102
+    monkeypatch.setattr(statistics, "_RESAMPLED_VALUES", 400)
+    assert paired_permutation_test(first, second, n=101, seed=3) == expected
+
+
+def test_permutation_test_is_as_rare_as_it_says() -> None:
+    generator = np.random.default_rng(12)
+    p = [paired_permutation_test(*generator.normal(size=(2, 20)), n=99, seed=generator) for _ in range(300)]
+    assert np.mean(np.array(p) <= 0.1) == pytest.approx(0.1, abs=0.06)
+
+
+def test_permutation_test_errors() -> None:
+    with pytest.raises(ValueError, match=r"one shape.*\(2, 1\) and \(3, 1\)"):
+        paired_permutation_test([1.0, 2.0], [1.0, 2.0, 3.0])
+    with pytest.raises(ValueError, match="n must be positive, but it is 0"):
+        paired_permutation_test([1.0], [2.0], n=0)
+    with pytest.raises(ValueError, match="not finite in 4 of 4"), np.errstate(invalid="ignore"):
+        paired_permutation_test([1.0, 2.0], [1.0, 2.0], lambda x, axis: 0 * x.mean(axis) / 0.0)
 
 
 @pytest.mark.parametrize("metric", [object_iou, pointing_hit, energy_inside, lambda map, mask: iou(map, mask, 0.5)])

@@ -22,7 +22,12 @@ from captum_intramodal.metrics.localisation import (
     pointing_hit,
 )
 from captum_intramodal.metrics.randomization import RandomizationStep, randomization_check
-from captum_intramodal.metrics.statistics import Interval, bootstrap_interval, paired_bootstrap_difference
+from captum_intramodal.metrics.statistics import (
+    Interval,
+    bootstrap_interval,
+    paired_bootstrap_difference,
+    paired_permutation_test,
+)
 from captum_intramodal.metrics.tam_evaluation import FUNCTION_WORD, OTHER_NOUN, OTHER_WORD, TAMScores, tam_scores
 from captum_intramodal.metrics.words import match_categories, word_types
 
@@ -51,6 +56,7 @@ __all__ = [
     "object_iou",
     "otsu_threshold",
     "paired_bootstrap_difference",
+    "paired_permutation_test",
     "pointing_hit",
     "randomization_check",
     "road",

@@ -193,8 +193,9 @@ def road(score: Score, values: Array, fractions: Sequence[float] = FRACTIONS[1:-
         **road** (*float*):
             Mean of (LeRF - MoRF) / 2 over the fractions; 0 for a map without information, higher is better.
     """
-    morf = deletion_curve(score, values, fractions, seed)
-    lerf = deletion_curve(score, values, fractions, seed, least_first=True)
+    ranks, counts = _ranks(values, seed), _counts(np.size(values), fractions)
+    removed = [order < count for order in (ranks, ranks.size - 1 - ranks) for count in counts]
+    morf, lerf = _scores(score, ~np.stack(removed)).reshape(2, -1)  # In one batch.
     return float((lerf - morf).mean() / 2)
 
 
@@ -285,8 +286,8 @@ class TokenRemoval:
         pictures (PIL.Image.Image or Sequence[PIL.Image.Image]): The prompt's picture or pictures, which stay.
         positions (Tensor or Sequence[int]): Positions of T tokens of the prompt or the answer, int64 (T,), counted as
                     :meth:`AnswerScorer.log_probability <captum_intramodal.scoring.AnswerScorer.log_probability>` does.
-        token (int, optional): The answer's token whose probability is the score, from 0; a negative number counts from
-                    the end.
+        token (int or Sequence[int], optional): The answer's token whose probability is the score, from 0; a negative
+                    number counts from the end. Of several, as those of a word, the product of their probabilities.
                     Default: None, the probability of the whole answer.
         baseline (int, optional): The token that stands in the place of removed ones.
                     Default: None, :attr:`ModelAdapter.baseline_token
@@ -306,18 +307,18 @@ class TokenRemoval:
         scorer: AnswerScorer,
         pictures: Pictures,
         positions: Tensor | Sequence[int],
-        token: int | None = None,
+        token: int | Sequence[int] | None = None,
         baseline: int | None = None,
     ) -> None:
         self.scorer = scorer
         self.pictures = pictures
         self.positions = torch.as_tensor(positions).cpu()
-        self.token = token
+        count = len(scorer.answer_ids)
+        self.tokens = list(range(count)) if token is None else [token] if isinstance(token, int) else list(token)
         self.baseline = baseline
         if self.positions.ndim != 1 or self.positions.dtype != torch.int64:
             raise ValueError(f"positions must be int64 (T,), got {self.positions.dtype} {tuple(self.positions.shape)}.")
-        count = len(scorer.answer_ids)
-        if token is not None and not -count <= token < count:
+        if not self.tokens or not all(-count <= each < count for each in self.tokens):
             raise ValueError(
                 f"token must be from {-count} to {count - 1} for an answer of {count} tokens, got {token}."
             )
@@ -325,7 +326,7 @@ class TokenRemoval:
     def __call__(self, kept: Masks) -> Tensor:
         removed = torch.from_numpy(~np.asarray(kept, dtype=np.bool_))
         scores = self.scorer.without_tokens(self.pictures, self.positions, removed, self.baseline)
-        return (scores.sum(1) if self.token is None else scores[:, self.token]).exp()
+        return scores[:, self.tokens].sum(1).exp()
 
 
 def noisy_linear_imputation(
