@@ -736,11 +736,14 @@ def draw(curves: dict[str, dict[str, list[tuple[float, float, float]]]], path: P
             for method, points in methods.items():
                 axis.plot([p[0] for p in points], [p[row + 1] for p in points], "o-", label=method)
             axis.set(xscale="log", yscale="log")
+            values = [int(p[0]) for p in max(methods.values(), key=len)]
+            axis.set_xticks(values, [f"{value:,}" for value in values])
+            axis.minorticks_off()
             axis.grid(alpha=0.3)
             if column == 0:
                 axis.set_ylabel(label)
         axes[1][column].set_xlabel(name)
-    axes[0][0].legend()
+    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     figure.suptitle("After the model's pass: time and memory against each size")
     figure.savefig(path, dpi=120)
     plt.close(figure)
