@@ -125,7 +125,7 @@ def score(
     maps: Tensor, reading: Reading, scene: Scene, classes: set[str]
 ) -> tuple[list[float], list[float], list[float]]:
     """Obj-IoU and pointing of each object word, Func-IoU of each function word of one answer."""
-    shown = reading.text.ids[-len(reading.probabilities) :]
+    shown = reading.text.ids[-reading.n_answer :]
     words = [reading.text.answer[a:b].strip() for a, b in reading.text.spans[-len(shown) :].tolist()]
     answer_maps = maps[-len(words) :]
     present = {item.name for item in scene.objects}

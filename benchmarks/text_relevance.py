@@ -72,7 +72,7 @@ def main(
                 "text activation x RBO at the prediction": token.text_activation * prediction.relevance,
                 "how recent the token is": torch.arange(len(ids)).float().expand(len(ids), -1),
             }
-            first_answered = len(ids) - len(reading.probabilities)
+            first_answered = len(ids) - reading.n_answer
             for t in range(first_answered, len(ids)):
                 drop = drops[t - first_answered, :t]
                 if adapter.tokenizer.decode([int(ids[t])]) in CONTENT and float(drop.max()) > NEEDED:

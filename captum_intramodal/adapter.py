@@ -3,11 +3,13 @@ r"""A transformers image-text-to-text model and its processor, bound together: p
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass
 from difflib import SequenceMatcher
 from functools import cached_property
 from inspect import signature
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -38,6 +40,9 @@ ANSWER_TYPES: dict[str, int] = {"paligemma": 1}
 PREFIX_MODELS = ("paligemma",)
 
 Prompt = str | Sequence[Mapping[str, Any]]
+
+# How a model's logits follow from its states is found out once.
+_LENSES: WeakKeyDictionary[torch.nn.Module, LogitLens] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -114,6 +119,16 @@ class ModelAdapter:
 
     @cached_property
     def lens(self) -> LogitLens:
+        known = _LENSES.get(self.model)
+        if known is None or not known.fits(self.model):
+            known = self._make_lens()
+            if known.tail == "fast":  # Others hold on to their model.
+                _LENSES[self.model] = known
+        lens = copy(known)
+        lens.working_memory = self.working_memory
+        return lens
+
+    def _make_lens(self) -> LogitLens:
         try:
             return LogitLens(self.model, working_memory=self.working_memory)
         except (ValueError, TypeError, RuntimeError, IndexError, KeyError, AttributeError):

@@ -380,17 +380,28 @@ class ActivationRankingCorrelation(WrapperAttribution):
         """
         count = len(tokens)
         part = slice(None, count) if self.ranking_position == "token" else slice(count, None)
+        return self.relate([self.lens.topk(hidden[part], self.k) for hidden in states], last, tokens)
+
+    def relate(self, rankings: Sequence[Tensor], last: Tensor, tokens: Tensor) -> ContextRelevance:
+        r"""
+        As :meth:`compare`, from rankings that have been made already.
+
+        Args:
+
+            rankings (Sequence[Tensor]): For each of ``layers`` the T rankings, int64 (T, k), best first.
+            last, tokens: See :meth:`compare`.
+        """
+        count = len(tokens)
         relevance = torch.zeros(count, count)
-        for hidden in states:
-            rankings = self.lens.topk(hidden[part], self.k)
+        for ranking in rankings:
             relevance += pairwise_rank_biased_overlap(
-                rankings, rankings, self.p, self.normalization, self.lens.working_memory
+                ranking, ranking, self.p, self.normalization, self.lens.working_memory
             ).cpu()
         # activation[j, t]: what position j says for token t.
         activation = self.lens.activation(last[:count], tokens).clamp_min(0).cpu()
         earlier = torch.ones(count, count, dtype=torch.bool).tril(-1)
         return ContextRelevance(
-            relevance=relevance / len(states),
+            relevance=relevance / len(rankings),
             text_activation=activation.T.contiguous(),
             context=earlier & (tokens[:, None] != tokens[None, :]),
         )

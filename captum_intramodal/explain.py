@@ -23,7 +23,7 @@ from captum_intramodal.levels import Method, Scales
 from captum_intramodal.msea import CHANGED_DECISIONS, Aggregation, ChangedDecisions, check_scales, normalized_weights
 from captum_intramodal.reading import Reading, read_answers
 
-__all__ = ["explain", "explain_batch"]
+__all__ = ["explain", "explain_batch", "relate"]
 
 
 def explain(
@@ -336,7 +336,7 @@ def _explanation(
         )
     weights = normalized_weights(kept, kept_weights)
     maps = reading.maps(weights, aggregation, changed_decisions)
-    context = ranking.compare(list(reading.ranking_states.values()), reading.last, reading.text.ids)
+    context, probabilities = relate(ranking, reading)
     if suppress:
         maps = suppress_together(ranking, maps, context)
     shown = reading.text.shown
@@ -348,7 +348,7 @@ def _explanation(
         spans=reading.text.spans[shown],
         maps=[m[shown] for m in maps],
         relevance=(context.text_activation * context.context)[shown][:, shown],
-        probabilities=reading.probabilities,
+        probabilities=probabilities,
         settings=settings
         | {
             "scales": kept,
@@ -369,6 +369,27 @@ def _explanation(
             "arc": ranking.settings if suppress else None,
         },
     )
+
+
+def relate(ranking: ARC, reading: Reading) -> tuple[ContextRelevance, Tensor]:
+    """Relevance of context, and the probabilities of the answer's tokens. Both take the whole vocabulary, which is read
+    once for both where they take the same layer."""
+    lens, ids, last = ranking.lens, reading.text.ids, reading.last
+    count, n = len(ids), reading.n_answer
+    said = last[-n:]  # At the position before each token of the answer: the first one's, and the other tokens'.
+    at_token = ranking.ranking_position == "token"
+    rankings, normalizer = [], None
+    for layer, module in zip(ranking.layers, ranking.modules, strict=True):
+        states = reading.ranking_states[layer]
+        states = states[:count] if at_token else states[count:]
+        if at_token and module is lens.layers[-1]:
+            ranked, sums = lens.rank(torch.cat([said[:1], states]), ranking.k)
+            rankings.append(ranked[1:])
+            normalizer = torch.cat([sums[:1], sums[-n:-1]])
+        else:
+            rankings.append(lens.topk(states, ranking.k))
+    log_probability = lens.log_probability(said, ids[-n:].to(said.device), log_normalizer=normalizer)
+    return ranking.relate(rankings, last, ids), log_probability.exp().cpu()
 
 
 def _warn_of_dropped(explanations: Sequence[Explanation]) -> None:

@@ -3,7 +3,7 @@ r"""The logit lens: a model's hidden states, read with its own final norm and un
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from captum.attr import LayerAttribution
@@ -22,12 +22,19 @@ from captum_intramodal.hooks import (
     run_layers,
 )
 
-__all__ = ["LayerLogitLens", "LogitLens"]
+__all__ = ["LayerLogitLens", "LogitLens", "Rankings"]
 
 T = TypeVar("T")
 
 # Hidden states that one pass of a tail replay takes, at (positions x vocabulary) floats of memory.
 _REPLAYED = 32
+
+
+class Rankings(NamedTuple):
+    """What :meth:`LogitLens.rank` reads at N hidden states."""
+
+    ids: Tensor
+    log_normalizer: Tensor
 
 
 class LogitLens:
@@ -82,6 +89,11 @@ class LogitLens:
         self.working_memory = working_memory
         self._replay: _TailReplay | None = None
         self._calibrate(model, inputs)
+
+    def fits(self, model: PreTrainedModel) -> bool:
+        """Whether the model still has the layers, the norm and the head that this lens reads with."""
+        parts = [*readable_layers(model), final_norm(model), model.get_output_embeddings()]
+        return parts == [*self.layers, self.norm, self.head]
 
     @property
     def tail(self) -> str:
@@ -210,10 +222,11 @@ class LogitLens:
         return in_chunks(work, self.vocab_size, block_size or part_of(self.working_memory, row))
 
     @torch.no_grad()
-    def topk(self, hidden: Tensor, k: int = 50, block_size: int | None = None) -> Tensor:
+    def rank(self, hidden: Tensor, k: int = 50, block_size: int | None = None) -> Rankings:
         r"""
-        Ranking of the most likely next tokens at each hidden state, streamed over blocks of the vocabulary: memory is
-        positions x (``k`` + block), whatever the size of the vocabulary. Equal logits rank by token id.
+        Ranking of the most likely next tokens at each hidden state, and the logarithm of the sum that a softmax over
+        the vocabulary divides by, streamed over blocks of the vocabulary: memory is positions x (``k`` + block),
+        whatever the size of the vocabulary. Equal logits rank by token id.
 
         Args:
 
@@ -224,26 +237,40 @@ class LogitLens:
                         Default: None, as many as fit into the working memory.
 
         Returns:
-            *Tensor* (N, min(k, vocabulary)) int64, best first.
+            *Rankings*: ``ids`` (N, min(k, vocabulary)) int64, best first; ``log_normalizer`` (N,) float32.
         """
         if k < 1:
             raise ValueError(f"k must be at least 1, got {k}.")
         if self._replay is not None:
-            tops = [_rank_keys(logits, 0).topk(min(k, self.vocab_size)).values for logits in self._replayed(hidden)]
-            return 0xFFFFFFFF - (torch.cat(tops) & 0xFFFFFFFF)
+            parts = [(_top_keys(logits, 0, k), logits.logsumexp(1)) for logits in self._replayed(hidden)]
+            keys, normalizers = (torch.cat(each) for each in zip(*parts, strict=True))
+            return Rankings(_ranked(keys, k), normalizers)
         normed = self.normalize(hidden)
-        best = torch.empty(hidden.shape[0], 0, dtype=torch.int64, device=normed.device)
-        for keys in self._over_vocabulary(
-            lambda rows: _top_keys(self._postprocess(self._product(normed, rows)), rows.start, k),
-            len(hidden),
-            block_size,
-        ):
-            keys = torch.cat([best, keys], dim=1)
-            best = keys.topk(min(k, keys.shape[1]), dim=1).values
-        return 0xFFFFFFFF - (best & 0xFFFFFFFF)
+
+        def read(rows: slice) -> tuple[Tensor, Tensor]:
+            logits = self._postprocess(self._product(normed, rows))
+            return _top_keys(logits, rows.start, k), logits.logsumexp(1)
+
+        best = torch.empty(len(normed), 0, dtype=torch.int64, device=normed.device)
+        normalizer = torch.full(normed.shape[:1], -torch.inf, device=normed.device)
+        for keys, block in self._over_vocabulary(read, len(normed), block_size):
+            best = torch.cat([best, keys], dim=1)
+            best = best.topk(min(k, best.shape[1]), dim=1).values
+            normalizer = torch.logaddexp(normalizer, block)
+        return Rankings(_ranked(best, k), normalizer)
+
+    def topk(self, hidden: Tensor, k: int = 50, block_size: int | None = None) -> Tensor:
+        """The ``ids`` of :meth:`rank`, int64 (N, min(k, vocabulary)), best first."""
+        return self.rank(hidden, k, block_size).ids
 
     @torch.no_grad()
-    def log_probability(self, hidden: Tensor, tokens: Tensor, block_size: int | None = None) -> Tensor:
+    def log_probability(
+        self,
+        hidden: Tensor,
+        tokens: Tensor,
+        block_size: int | None = None,
+        log_normalizer: Tensor | None = None,
+    ) -> Tensor:
         r"""
         Log-probability of one token per hidden state, streamed over blocks of the vocabulary.
 
@@ -253,6 +280,9 @@ class LogitLens:
             tokens (Tensor): Token ids, int64 (N,).
             block_size (int, optional): Rows of the unembedding used at a time.
                         Default: None, as many as fit into the working memory.
+            log_normalizer (Tensor, optional): Of the same states, from :meth:`rank`; then no other row of the
+                        unembedding is read.
+                        Default: None, computed.
 
         Returns:
             *Tensor* (N,) float32, at most 0.
@@ -261,18 +291,15 @@ class LogitLens:
             all_logits = (logits.log_softmax(1) for logits in self._replayed(hidden))
             parts = tokens.to(hidden.device).split(self._replay.length)
             return torch.cat([rows.gather(1, ids[:, None])[:, 0] for rows, ids in zip(all_logits, parts, strict=True)])
+        if log_normalizer is None:
+            log_normalizer = self.rank(hidden, 1, block_size).log_normalizer
         normed = self.normalize(hidden)
-        normalizer = torch.full(normed.shape[:1], -torch.inf, device=normed.device)
-        for block in self._over_vocabulary(
-            lambda rows: self._postprocess(self._product(normed, rows)).logsumexp(1), len(hidden), block_size
-        ):
-            normalizer = torch.logaddexp(normalizer, block)
         rows = self._weight[tokens.to(self._weight.device)].to(device=normed.device, dtype=torch.float32)
         product = (normed.float() * rows).sum(-1)
         bias = getattr(self.head, "bias", None)
         if bias is not None:
             product = product + bias[tokens.to(bias.device)].to(product)
-        return self._postprocess(product) - normalizer
+        return self._postprocess(product) - log_normalizer
 
 
 class _TailReplay:
@@ -344,11 +371,16 @@ def _rank_keys(logits: Tensor, start: int, ids: Tensor | None = None) -> Tensor:
 def _top_keys(logits: Tensor, start: int, k: int) -> Tensor:
     """The k largest of :func:`_rank_keys`, in any order."""
     if k < logits.shape[1]:
-        values, ids = logits.topk(k, dim=1)
+        values, ids = logits.topk(k + 1, dim=1)
         # Of several that are as likely as the last of them, those with the smallest ids would count.
-        if int((logits >= values[:, -1:]).sum()) == values.numel():
-            return _rank_keys(values, start, ids)
+        if not bool((values[:, k] == values[:, k - 1]).any()):
+            return _rank_keys(values[:, :k], start, ids[:, :k])
     return _rank_keys(logits, start)
+
+
+def _ranked(keys: Tensor, k: int) -> Tensor:
+    """The token ids of the k largest keys, best first."""
+    return 0xFFFFFFFF - (keys.topk(min(k, keys.shape[1]), dim=1).values & 0xFFFFFFFF)
 
 
 class LayerLogitLens(LayerAttribution):

@@ -101,7 +101,7 @@ class Reading:
         ranking_states (dict[int, Tensor]): by decoder layer the hidden states (2T, D) at the text tokens and at the
             positions before them.
         last (Tensor): likewise of the last layer.
-        probabilities (Tensor): of the answer's tokens, float32.
+        n_answer (int): number of the text tokens, the last ones, that are the answer.
         working_memory (int): bytes that a step which works in parts takes at a time.
         decisions (dict[float, Decision] or None): by scale, that of the originals included, what the model would say
             there; None if nobody asked.
@@ -114,7 +114,7 @@ class Reading:
     dropped: list[float]
     ranking_states: dict[int, Tensor]
     last: Tensor
-    probabilities: Tensor
+    n_answer: int
     working_memory: int = WORKING_MEMORY
     decisions: dict[float, Decision] | None = None
 
@@ -218,9 +218,6 @@ def read_answers(
     readings = []
     for example, seen in zip(examples, levels, strict=True):
         _, *ranked, last = (h[len(example.encoding.visual_positions) :] for h in example.states)
-        # The answer's tokens, each at the position before it.
-        ids = example.text.ids[-len(example.encoding.answer_ids) :]
-        log_probability = adapter.lens.log_probability(last[-len(ids) :], ids.to(last.device))
         kept, dropped = found[example.sizes]
         readings.append(
             Reading(
@@ -231,7 +228,7 @@ def read_answers(
                 dropped=dropped,
                 ranking_states=dict(zip(ranking_layers, ranked, strict=True)),
                 last=last,
-                probabilities=log_probability.exp().cpu(),
+                n_answer=len(example.encoding.answer_ids),
                 working_memory=adapter.working_memory,
                 decisions=_decide(adapter, example, kept) if decisions else None,
             )

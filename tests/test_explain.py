@@ -8,13 +8,16 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from families import build
 from PIL import Image
-from tiny import picture, tiny
+from tiny import MODEL_TYPES, picture, tiny
 from torch import nn
 
-from captum_intramodal import Explanation, ModelAdapter, explain
+from captum_intramodal import ARC, Explanation, ModelAdapter, explain
 from captum_intramodal.canvas import canvas_grid, draw_on_canvas
+from captum_intramodal.explain import relate
 from captum_intramodal.hooks import first_tensor, replace_first_tensor
+from captum_intramodal.reading import read_answer
 from captum_intramodal.text import decode_pieces, find_spans, group_words
 
 FAMILIES = ["qwen2_vl", "qwen2_5_vl", "llava", "smolvlm", "idefics3", "internvl"]
@@ -376,3 +379,117 @@ def test_canvas_with_thumbnail_gaps_and_unknown_tokens() -> None:
         canvas_grid(torch.full((3, 4), torch.nan), (10, 10))
     with pytest.raises(ValueError, match="2 values for 3 boxes"):
         draw_on_canvas(torch.rand(1, 2), boxes, (4, 4), (1, 1))
+
+
+def test_canvas_is_the_weighted_mean_of_all_boxes() -> None:
+    torch.manual_seed(0)
+    # Tiles that overlap, a thumbnail, and something askew.
+    tiles = torch.tensor([[x * 15.0, y * 10.0, x * 15 + 20, y * 10 + 14] for y in range(4) for x in range(3)])
+    thumbnail = torch.tensor([[x * 25.0, 0, x * 25 + 25, 44] for x in range(2)])
+    boxes = torch.cat([tiles, thumbnail, torch.tensor([[3.0, 30, 17, 41]])])
+    values = torch.rand(5, len(boxes))
+    (width, height), (rows, columns) = (50, 44), (11, 13)
+    expected = torch.zeros(5, rows, columns)
+    for row, column in np.ndindex(rows, columns):
+        x, y = (column + 0.5) * width / columns, (row + 0.5) * height / rows
+        weights = []
+        for x0, y0, x1, y1 in boxes.tolist():
+            tents = [
+                max(0.0, 1 - abs(at - (low + high) / 2) / (high - low)) for at, low, high in ((x, x0, x1), (y, y0, y1))
+            ]
+            weights.append(tents[0] * tents[1])
+        expected[:, row, column] = values @ torch.tensor(weights) / sum(weights)
+    actual = draw_on_canvas(values, boxes, (width, height), (rows, columns))
+    torch.testing.assert_close(actual, expected, atol=1e-4, rtol=1e-4)
+    few = draw_on_canvas(values, boxes, (width, height), (rows, columns), working_memory=1000)
+    torch.testing.assert_close(few, actual, atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("model_type", ["qwen2_vl", "idefics3", "git", "mllama", "t5gemma2"])
+def test_an_answer_read_while_it_is_generated_is_one_read_afterwards(model_type: str) -> None:
+    model, processor = tiny(model_type) if model_type in MODEL_TYPES else build(model_type)
+    options = dict(scales=(1.0,), max_new_tokens=4, arc=dict(layers=(0, -1)))
+    lines: list[str] = []
+    said = explain(model, processor, picture(), "what is this", progress=lines.append, **options)
+    assert not any("Reading the answer" in line for line in lines)
+    answer = said.token_ids[-len(said.probabilities) :].tolist()
+    read = explain(model, processor, picture(), "what is this", answer, progress=lines.append, **options)
+    assert any("Reading the answer" in line for line in lines)
+    assert len(answer) == 4
+    for actual, expected in ((said.maps[0], read.maps[0]), (said.relevance, read.relevance)):
+        torch.testing.assert_close(actual, expected, atol=1e-4 * float(expected.max()), rtol=1e-4)
+    torch.testing.assert_close(said.probabilities, read.probabilities, atol=1e-6, rtol=1e-4)
+
+
+def test_the_answer_is_not_read_again(qwen: tuple[Any, Any]) -> None:
+    model, processor = qwen
+    lengths: list[int] = []
+    handle = (
+        model.get_decoder()
+        .layers[0]
+        .register_forward_pre_hook(
+            lambda module, args, kwargs: lengths.append((args[0] if args else kwargs["hidden_states"]).shape[1]),
+            with_kwargs=True,
+        )
+    )
+    try:
+        result = explain(model, processor, picture(), "what is this", scales=(1.0,), max_new_tokens=5)
+        again = explain(model, processor, picture(), "what is this", scales=(1.0,), max_new_tokens=5)
+    finally:
+        handle.remove()
+    assert len(result.probabilities) == 5
+    # Of the second call, which has nothing to find out about the model: the prompt, and each token of the answer.
+    assert lengths[-5:] == [1] * 5 and lengths[-6] > 20
+    assert sum(length > 20 for length in lengths) == 2
+    assert torch.equal(again.maps[0], result.maps[0])
+
+
+@pytest.mark.parametrize("model_type", ["blip", pytest.param("diffusion_gemma", marks=pytest.mark.slow)])
+def test_a_model_that_does_not_read_token_by_token_reads_its_answer_afterwards(model_type: str) -> None:
+    model, processor = build(model_type)
+    adapter = ModelAdapter(model, processor)
+    inputs = adapter.prepare([picture()], "what is this")
+    layers, kept = [adapter.lens.layers[-1]], [torch.arange(2)]
+    answers, states = adapter.generate_with_states(inputs, 4, layers, kept)
+    assert states is None
+    assert 1 <= len(answers[0]) <= 4
+
+
+def test_little_working_memory_changes_nothing(qwen: tuple[Any, Any]) -> None:
+    model, processor = qwen
+    arguments = (model, processor, picture(), "what is this", "a red dog")
+    little, much = (explain(*arguments, working_memory=memory) for memory in (2**15, 2**30))
+    torch.testing.assert_close(little.maps[0], much.maps[0], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(little.relevance, much.relevance, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(little.probabilities, much.probabilities)
+    with pytest.raises(ValueError, match="working_memory must be at least 1 byte"):
+        explain(*arguments, working_memory=0)
+
+
+@pytest.mark.parametrize("position", ["token", "prediction"])
+@pytest.mark.parametrize("layers", [(-1,), (0,), (0, -1)])
+def test_rankings_and_probabilities_from_one_sweep(qwen: tuple[Any, Any], position: str, layers: Any) -> None:
+    adapter = ModelAdapter(*qwen)
+    reading = read_answer(adapter, [picture()], "what is this", "a red dog", (1.0,), ranking_layers=layers)
+    arc = ARC(model=adapter.lens, layers=layers, ranking_position=position, k=5)
+    context, probabilities = relate(arc, reading)
+    expected = arc.compare(list(reading.ranking_states.values()), reading.last, reading.text.ids)
+    torch.testing.assert_close(context.relevance, expected.relevance)
+    torch.testing.assert_close(context.text_activation, expected.text_activation)
+    ids = reading.text.ids[-3:]
+    torch.testing.assert_close(probabilities, adapter.lens.log_probability(reading.last[-3:], ids).exp())
+
+
+def test_what_is_found_out_about_a_model_is_found_out_once() -> None:
+    model, processor = tiny("qwen2_vl")
+    calls: list[Any] = []
+    handle = model.register_forward_hook(lambda *args: calls.append(args))
+    try:
+        ModelAdapter(model, processor).lens  # noqa: B018
+        lens = ModelAdapter(model, processor, working_memory=12345).lens
+        assert len(calls) == 1 and lens.working_memory == 12345
+        model.set_output_embeddings(torch.nn.Linear(64, model.config.text_config.vocab_size, bias=False))
+        assert ModelAdapter(model, processor).lens.head is model.get_output_embeddings()
+        assert len(calls) == 2
+    finally:
+        handle.remove()

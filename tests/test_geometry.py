@@ -21,6 +21,7 @@ from captum_intramodal.geometry import (
     TokenGeometry,
     cached_geometry,
     cached_pixels,
+    expected_raster,
     geometry_key,
     geometry_oracle,
     measure_geometry,
@@ -413,3 +414,70 @@ class TestErrors:
         assert all(math.isnan(side) for side in empty.token_size + empty.coverage())
         with pytest.raises(ValueError, match="no picture 1"):
             empty.coverage(1)
+
+
+# ---------------------------------------------------------------------------------------------------------- raster
+
+
+@pytest.mark.parametrize(
+    ("model_type", "sizes"),
+    [
+        ("qwen2_vl", [(640, 400)]),
+        ("qwen2_vl", [(333, 221)]),
+        ("qwen2_5_vl", [(320, 200), (210, 333)]),
+        ("gemma3", [(333, 221)]),
+        ("mistral3", [(320, 200)]),
+    ],
+)
+def test_an_expected_raster_is_what_is_measured(model_type: str, sizes: Any) -> None:
+    model, processor = build(model_type)
+    adapter = ModelAdapter(model, processor)
+
+    def prepare(images: list[Image.Image]) -> Any:
+        return adapter.prepare(images, "describe")
+
+    sample = measure_geometry(model, prepare, [geometry_module.SAMPLE])
+    expected = expected_raster(model, prepare, sample, sizes)
+    measured = measure_geometry(model, prepare, sizes)
+    assert expected is not None
+    assert expected.kinds == measured.kinds and expected.image_sizes == measured.image_sizes
+    assert torch.equal(expected.image_index, measured.image_index)
+    torch.testing.assert_close(expected.boxes, measured.boxes, atol=0.5, rtol=0)
+
+
+@pytest.mark.parametrize("model_type", ["idefics3", "internvl", "llava", "git"])
+def test_tiles_crops_and_prefixes_are_no_raster(model_type: str) -> None:
+    model, processor = tiny(model_type) if model_type in MODEL_TYPES else build(model_type)
+    adapter = ModelAdapter(model, processor)
+
+    def prepare(images: list[Image.Image]) -> Any:
+        return adapter.prepare(images, "describe")
+
+    sample = measure_geometry(model, prepare, [geometry_module.SAMPLE])
+    assert expected_raster(model, prepare, sample, [(320, 200)]) is None
+
+
+def test_a_wrong_raster_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, processor = tiny("qwen2_vl")
+    prepare = preparer(processor)
+    sample = measure_geometry(model, prepare, [geometry_module.SAMPLE])
+    shape = geometry_module._raster_shape
+    assert shape((640, 400), 14 * 23, 1.0) == (14, 23)
+    monkeypatch.setattr(geometry_module, "_raster_shape", lambda size, count, aspect: shape(size[::-1], count, aspect))
+    sample = replace(sample, image_sizes=(sample.image_sizes[0][::-1],), boxes=sample.boxes[:, [1, 0, 3, 2]])
+    raster_of_sample = geometry_module._raster_boxes(
+        sample.image_sizes[0], shape((192, 128), len(sample.boxes), 1.0)[::-1]
+    )
+    sample = replace(sample, boxes=raster_of_sample)
+    assert expected_raster(model, prepare, sample, [(640, 400)]) is None
+
+
+@pytest.mark.parametrize("options", [{}, {"padding": 1}, {"groups": 3}, {"stride": 1}])
+def test_patch_convolutions_are_products(options: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    for kind, kernel in ((torch.nn.Conv2d, (4, 5)), (torch.nn.Conv3d, (2, 4, 5))):
+        convolution = kind(3, 6, kernel, **({"stride": kernel} | options))
+        for size in (kernel, tuple(2 * side for side in kernel)):
+            hidden = torch.randn(7, 3, *size)
+            actual = geometry_module._as_product(convolution, hidden)
+            torch.testing.assert_close(actual, convolution(hidden), atol=1e-5, rtol=1e-4)

@@ -207,3 +207,42 @@ def test_hooks_are_given_back(model: Any) -> None:
     with pytest.raises(RuntimeError, match="inside"), capture_outputs([layer]):
         raise RuntimeError("inside")
     assert count() == before
+
+
+def test_streamed_ranking_is_torch_topk_of_all_logits() -> None:
+    lens = LogitLens(PLAIN().bfloat16(), working_memory=3000)
+    hidden = torch.randn(9, lens.hidden_size).bfloat16()
+    logits = lens.normalize(hidden).float() @ lens.head.weight.float().T
+    widths: list[int] = []
+    product = lens._product
+    lens._product = lambda normed, rows: widths.append(rows.stop - rows.start) or product(normed, rows)
+    ranked = lens.rank(hidden, 5)
+    # A row of the unembedding in float32, and 32 bytes for each state.
+    assert set(widths[:-1]) == {3000 // (4 * 32 + 9 * 32)} and sum(widths) == 97
+    assert torch.equal(ranked.ids, logits.topk(5).indices)
+    torch.testing.assert_close(ranked.log_normalizer, logits.logsumexp(1))
+    tokens = torch.arange(9)
+    widths.clear()
+    actual = lens.log_probability(hidden, tokens, log_normalizer=ranked.log_normalizer)
+    assert not widths
+    torch.testing.assert_close(actual, logits.log_softmax(1)[tokens, tokens])
+
+
+def test_ties_at_the_end_of_a_ranking_go_to_the_smaller_id(model: Any) -> None:
+    lens = LogitLens(model)
+    logits = torch.tensor([[1.0, 3.0, 2.0, 2.0, 2.0, -0.0, 0.0], [5.0, 1.0, 2.0, 3.0, 4.0, 0.0, 0.0]])
+    lens._product = lambda normed, rows: logits[:, rows]
+    assert lens.vocab_size > 7
+    type_ = type("Seven", (LogitLens,), {"vocab_size": 7})
+    lens.__class__ = type_
+    hidden = torch.zeros(2, lens.hidden_size)
+    for block in (7, 4, 1):
+        assert lens.topk(hidden, 3, block).tolist() == [[1, 2, 3], [0, 4, 3]]
+        assert lens.topk(hidden, 7, block).tolist() == [[1, 2, 3, 4, 0, 5, 6], [0, 4, 3, 2, 1, 5, 6]]
+
+
+def test_activation_of_some_states_at_a_time(model: Any) -> None:
+    lens, small = LogitLens(model), LogitLens(model, working_memory=4000)
+    hidden, tokens = torch.randn(2, 9, lens.hidden_size), torch.tensor([3, 1, 5])
+    torch.testing.assert_close(small.activation(hidden, tokens), lens.activation(hidden, tokens))
+    assert small.activation(hidden[:, :0], tokens).shape == (2, 0, 3)
