@@ -1,8 +1,8 @@
 r"""Which of MSEA and ARC improves which metric by how much: the runs of the study, and its report.
 
-    python benchmarks/study.py demo hard wide --out RUNS                                # the demo model
+    python benchmarks/study.py demo hard demo_many hard_many wide --out RUNS            # the demo model
     python benchmarks/study.py llava llava_places --out RUNS --llava CHECKPOINT --sprites SPRITES
-    python benchmarks/study.py demo hard wide llava llava_places --out RUNS ... --report benchmarks/results/study.md
+    python benchmarks/study.py demo hard ... --out RUNS ... --report benchmarks/results/study.md
 
 ``CHECKPOINT`` and ``SPRITES`` are what ``benchmarks/train_llava.py`` makes. Each run is an evaluation
 (``captum-intramodal evaluate``) in ``RUNS/<name>``, where its leaderboard, page, tests of all pairs and records are; a
@@ -52,6 +52,18 @@ RUNS = {
         "The demo model, hard scenes: three to five objects that are smaller, two of one class, half hidden",
         "scenes:count=30,seed=2100000,objects=[3,5],overlap=0.4,same_class=2,scale=0.8",
         "msea+arc logit_lens msea arc tam tam:filter=false msea+arc:layer=1 random",
+    ),
+    "demo_many": Run(
+        "As the first, more scenes and fewer explainers",
+        "scenes:count=100,seed=2200000,objects=[2,4]",
+        "msea+arc tam tam:filter=false logit_lens",
+        "f1_iou insertion deletion",
+    ),
+    "hard_many": Run(
+        "Hard scenes, more of them and fewer explainers",
+        "scenes:count=100,seed=2300000,objects=[3,5],overlap=0.4,same_class=2,scale=0.8",
+        "msea+arc tam tam:filter=false logit_lens",
+        "f1_iou insertion deletion",
     ),
     "wide": Run(
         "The demo model, all explainers",
