@@ -314,7 +314,8 @@ class _Run:
         self._make(self.out / "leaderboard.csv", board.to_csv)
         self._make(self.out / "pairs.csv", board.pairs_to_csv)
         self._make(self.out / "index.html", lambda path: board.to_html(path, json.loads(manifest)))
-        for left in self.out.glob("**/.*.tmp"):  # Of processes that were killed while they wrote.
+        # Of processes that were killed while they wrote; another one may be making the table at this moment.
+        for left in (*self.samples.glob(".*.tmp"), *self.out.glob(f".*.{self.rank}.tmp")):
             left.unlink(missing_ok=True)
         return board
 
