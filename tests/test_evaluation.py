@@ -369,6 +369,15 @@ def test_what_an_explainer_cannot_do_is_noted_and_stops_nobody(tmp_path: Path) -
     assert coverage["skipped"] == {"never": {"only of cats": 2}}
 
 
+def test_maps_that_cannot_be_measured_are_named(tmp_path: Path) -> None:
+    class Broken(Fixed):
+        def __call__(self, *args: Any) -> list[Tensor]:
+            return [torch.full((9, 2, 2), torch.nan)]
+
+    with pytest.raises(ValueError, match="pointing of broken on sample 2000000: .*NaN"):
+        evaluate(*demo(), "scenes:count=1", tmp_path, {"broken": Broken(case().sample)}, ["pointing"])
+
+
 def test_seconds_are_measured_only_where_passes_are_not_shared(tmp_path: Path) -> None:
     for timing in (False, True):
         evaluate(*demo(), "scenes:count=1", tmp_path / str(timing), CHEAP, ["pointing"], timing=timing)

@@ -130,6 +130,7 @@ def evaluate(
         raise ValueError(f"{len(compared)} explainers and {len(measured)} metrics: give at least one of each.")
     if reference is not None and reference not in compared:
         raise ValueError(f"reference={reference!r} is none of the explainers {', '.join(compared)}.")
+    reference = reference or next(iter(compared))
     if answers not in ("dataset", "model"):
         raise ValueError(f"answers must be 'dataset' or 'model', got {answers!r}.")
     # What does not increase from 0 to 1 is told before anything runs.
@@ -148,7 +149,7 @@ def evaluate(
             "answers": answers,
             "max_new_tokens": max_new_tokens,
             "tagger": None if tagger is None else f"{tagger.__module__}.{getattr(tagger, '__qualname__', tagger)}",
-            "reference": reference or next(iter(compared)),
+            "reference": reference,
             "timing": timing,
             "fractions": list(fractions),
         }
@@ -254,7 +255,10 @@ def _record(case: Case, explainers: Mapping[str, Explainer], metrics: Sequence[M
             record["seconds"][label] = round(time.perf_counter() - start, 4)
         found = Measured()
         for metric in metrics:
-            metric.measure(case, explainer, maps, found)
+            try:
+                metric.measure(case, explainer, maps, found)
+            except ValueError as error:
+                raise ValueError(f"{metric.name} of {label} on sample {case.sample.id}: {error}") from error
         record["scores"][label] = found.scores
         record["curves"][label] = found.curves
     return record
@@ -303,7 +307,7 @@ class _Run:
     def write(self, index: int, record: Mapping[str, Any]) -> None:
         self._replace(self._file(index), json.dumps({"index": index, **record}, ensure_ascii=False) + "\n")
 
-    def finish(self, columns: Sequence[Column], reference: str | None, fractions: Sequence[float]) -> Leaderboard:
+    def finish(self, columns: Sequence[Column], reference: str, fractions: Sequence[float]) -> Leaderboard:
         lines = [self._file(index).read_text(encoding="utf-8") for index in range(self.count)]
         records = [json.loads(line) for line in lines]
         board = make_leaderboard(records, columns, reference, fractions=fractions)
