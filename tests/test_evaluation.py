@@ -374,7 +374,7 @@ def test_maps_that_cannot_be_measured_are_named(tmp_path: Path) -> None:
         def __call__(self, *args: Any) -> list[Tensor]:
             return [torch.full((9, 2, 2), torch.nan)]
 
-    with pytest.raises(ValueError, match="pointing of broken on sample 2000000: .*NaN"):
+    with pytest.raises(ValueError, match=r"pointing of broken on sample 2000000: .*NaN"):
         evaluate(*demo(), "scenes:count=1", tmp_path, {"broken": Broken(case().sample)}, ["pointing"])
 
 
