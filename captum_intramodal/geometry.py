@@ -407,7 +407,9 @@ def _bypassed_attention(model: PreTrainedModel, inputs: Mapping[str, Any]) -> It
 
     replaced: dict[nn.Module, Any] = {block: partial(identity, others) for block, others in rest.items()}
     replaced |= {m: partial(_in_float, m) for m in model.modules() if isinstance(m, DynamicQuantizedLinear)}
-    replaced |= {m: partial(_as_product, m) for m in model.modules() if type(m) in (nn.Conv2d, nn.Conv3d)}
+    # A forward on the instance, as accelerate's, brings offloaded weights.
+    convolutions = (m for m in model.modules() if type(m) in (nn.Conv2d, nn.Conv3d) and "forward" not in vars(m))
+    replaced |= {m: partial(_as_product, m) for m in convolutions}
     # accelerate and others keep a forward of their own on the instance, which must come back as it was.
     own = {block: vars(block).get("forward") for block in replaced}
     try:
