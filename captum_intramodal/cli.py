@@ -215,6 +215,7 @@ def evaluate(
         for spec in measured:
             make_metric(spec)
         tag = None if tagger is None else _resolve(tagger)
+        steps = FRACTIONS if fractions is None else _parse_fractions(fractions)
     process = _Process()
     if device == "auto" and process.device is not None:
         device = process.device
@@ -235,7 +236,7 @@ def evaluate(
             tagger=tag,
             reference=reference,
             timing=timing,
-            fractions=FRACTIONS if fractions is None else _parse_fractions(fractions),
+            fractions=steps,
             batch_size=batch_size,
             rank=process.rank,
             world_size=process.world_size,
