@@ -128,6 +128,9 @@ def draw(boards: dict[str, Leaderboard], file: Path) -> None:
     for row, (name, board) in zip(axes, boards.items(), strict=True):
         labels = list(board.rows)
         for number, (axis, column) in enumerate(zip(row, SHOWN, strict=True)):
+            if not any(column in values for values in board.rows.values()):
+                axis.set_axis_off()
+                continue
             for y, label in enumerate(labels):
                 if column in board.rows[label]:
                     estimate, low, high = board.rows[label][column].interval
