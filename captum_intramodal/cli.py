@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import typer
+from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn
@@ -249,8 +250,11 @@ def evaluate(
 
 def _print_board(board: Leaderboard) -> None:
     table = Table(
-        Column("explainer", overflow="fold"),
+        Column("explainer", overflow="fold", min_width=12),
         *(f"{c.title} {'↑' if c.higher_is_better else '↓'}" for c in board.columns),
+        box=box.SIMPLE_HEAD,  # Eight metrics fit into 80 columns.
+        padding=(0, 1, 0, 0),
+        pad_edge=False,
     )
     for label, row in board.rows.items():
         cells = [f"{row[c.name].interval.estimate:.3f}" if c.name in row else "–" for c in board.columns]
