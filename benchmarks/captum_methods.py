@@ -38,6 +38,7 @@ from captum_intramodal.metrics import (
     paired_bootstrap_difference,
     pointing_hit,
 )
+from captum_intramodal.pixels import picture_tensor
 from captum_intramodal.scoring import AnswerScorer
 
 HELD_OUT = 4_000_000
@@ -100,7 +101,7 @@ def explain(
 ) -> dict[str, dict[str, float]]:
     forward = PixelForward(adapter, PROMPT, answer_ids)
     scorer = AnswerScorer(adapter, PROMPT, answer_ids)
-    picture = torch.from_numpy(np.array(scene.image)).permute(2, 0, 1)[None].float() / 255
+    picture = picture_tensor(scene.image)
     relevance = ARC(next(iter(methods(forward).values()))[0]).forward_context(picture)
     suppressor = ARC(model=adapter.lens)
     scores = {}

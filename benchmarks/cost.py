@@ -55,6 +55,7 @@ from captum_intramodal.hooks import evaluation_mode, run_layers
 from captum_intramodal.levels import TokenLevel, resize_pictures, visual_states
 from captum_intramodal.logit_lens import LogitLens
 from captum_intramodal.msea import DEFAULT_SCALES, normalized_weights
+from captum_intramodal.pixels import picture_tensor
 from captum_intramodal.rankings import pairwise_rank_biased_overlap
 from captum_intramodal.reading import Reading, TextTokens
 from captum_intramodal.tam import estimated_causal_inference, rank_gaussian_filter
@@ -660,7 +661,7 @@ class Bench:
             [took], None, f"extrapolated from {run} of {total} passes", total / run
         )
         forward_function = PixelForward(self.adapter, PROMPT, self.answer)
-        pixels = torch.from_numpy(np.array(self.image)).permute(2, 0, 1)[None].float().to(self.adapter.device) / 255
+        pixels = picture_tensor(self.image).to(self.adapter.device)
         method = IntegratedGradients(forward_function)
         forward_function(pixels)  # What it finds out once.
         took = seconds(lambda: method.attribute(pixels, target=forward_function.targets[0], n_steps=2))

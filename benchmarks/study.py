@@ -153,6 +153,8 @@ def main(
     report: Annotated[Path | None, typer.Option(help="Markdown to write, and a .png beside it.")] = None,
     threads: int = 1,
 ) -> None:
+    if unknown := [name for name in names if name not in RUNS]:
+        raise SystemExit(f"There is no run {', '.join(unknown)}; there are {', '.join(RUNS)}.")
     torch.set_num_threads(threads)
     boards: dict[str, Leaderboard] = {}
     sections = []

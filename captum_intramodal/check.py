@@ -9,14 +9,13 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from captum_intramodal.adapter import ModelAdapter, Prompt, check_images, logits_gap
 from captum_intramodal.geometry import CODE_RASTERS, TokenGeometry, geometry_oracle
 from captum_intramodal.hooks import evaluation_mode
 from captum_intramodal.levels import find_sights, resize_pictures
-from captum_intramodal.pixels import PixelForward
+from captum_intramodal.pixels import PixelForward, picture_tensor
 
 __all__ = ["Check", "CheckReport", "check"]
 
@@ -240,7 +239,7 @@ def _check_pixels(adapter: ModelAdapter, picture: Image.Image, prompt: Prompt) -
     forward = PixelForward(adapter, prompt, answer)
     encoding = adapter.encode(inputs, forward.answer_ids)
     expected = encoding.rows(adapter.run(encoding.inputs).logits[0])[-len(forward.answer_ids) - 1 : -1]
-    pixels: Tensor = torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None] / 255
+    pixels = picture_tensor(picture)
     with torch.enable_grad():
         pixels.requires_grad_()
         logits = forward(pixels)

@@ -7,7 +7,6 @@ An explainer turns an answer into one map per token over the original pictures. 
 
 from __future__ import annotations
 
-import json
 import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -31,7 +30,7 @@ from captum_intramodal.decoder import decoder_layers
 from captum_intramodal.explain import suppress_together
 from captum_intramodal.hooks import evaluation_mode
 from captum_intramodal.levels import Method, TokenLevel, find_sights, resize_pictures
-from captum_intramodal.metrics.faithfulness import IMPUTATIONS, Imputation, PictureRemoval
+from captum_intramodal.metrics.faithfulness import Imputation, PictureRemoval, check_imputation
 from captum_intramodal.msea import (
     AGGREGATIONS,
     CHANGED_DECISIONS,
@@ -41,11 +40,11 @@ from captum_intramodal.msea import (
     check_scales,
     normalized_weights,
 )
-from captum_intramodal.pixels import PixelForward
+from captum_intramodal.pixels import PixelForward, picture_tensor
 from captum_intramodal.rankings import Normalization
 from captum_intramodal.reading import Reading, read_answer, text_positions
 from captum_intramodal.scoring import AnswerScorer
-from captum_intramodal.specs import build, parse_spec
+from captum_intramodal.specs import build, parse_spec, settings_of
 from captum_intramodal.tam import token_activation_map
 from captum_intramodal.visual_tokens import VisualTokenAttribution, draw_positions
 
@@ -121,10 +120,7 @@ class _Explainer(ABC):
     @property
     def settings(self) -> dict[str, Any]:
         """The name and all options, JSON-able."""
-        options = {f.name: getattr(self, f.name) for f in fields(self)}
-        plain = {key: value.settings if isinstance(value, _Explainer) else value for key, value in options.items()}
-        settings: dict[str, Any] = json.loads(json.dumps({"name": self.name} | plain))
-        return settings
+        return settings_of(self)
 
     def __call__(
         self, adapter: ModelAdapter, pictures: Sequence[Image.Image], prompt: Prompt, answer_ids: Sequence[int]
@@ -779,7 +775,7 @@ class GradCAM(_Explainer):
     def explain(
         self, adapter: ModelAdapter, pictures: list[Image.Image], prompt: Prompt, answer_ids: list[int]
     ) -> list[Tensor]:
-        picture = _tensor(_single(self, pictures))
+        picture = picture_tensor(_single(self, pictures))
         _check_sequence(self, adapter, [pictures[0].size])
         layers = decoder_layers(adapter.model)
         _check_layer(self.layer, len(layers))
@@ -937,20 +933,15 @@ class OcclusionMaps(_PixelMaps):
         step = max(1, round(self.stride * side))
         with torch.no_grad():
             values: Tensor = Occlusion(forward).attribute(
-                _tensor(picture), (3, side, side), strides=(3, step, step), baselines=_baseline(picture, self.baseline),
-                perturbations_per_eval=self.batch_size,
+                picture_tensor(picture), (3, side, side), strides=(3, step, step),
+                baselines=_baseline(picture, self.baseline), perturbations_per_eval=self.batch_size,
             )  # fmt: skip
         return values
 
 
 def _each_target(method: Attribution, forward: PixelForward, picture: Image.Image, **options: Any) -> Tensor:
-    pixels = _tensor(picture).requires_grad_()  # Else Captum warns that it asks for that.
+    pixels = picture_tensor(picture).requires_grad_()  # Else Captum warns that it asks for that.
     return torch.cat([method.attribute(pixels, target=target, **options).detach() for target in forward.targets])
-
-
-def _tensor(picture: Image.Image) -> Tensor:
-    """float32 (1, 3, height, width) in [0, 1]."""
-    return torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None].float() / 255
 
 
 def _check_baseline(baseline: str) -> None:
@@ -961,7 +952,7 @@ def _check_baseline(baseline: str) -> None:
 def _baseline(picture: Image.Image, kind: Baseline) -> Tensor:
     if kind == "black":
         return torch.zeros(1, 3, picture.height, picture.width)
-    return _tensor(_removal(picture, kind).pictures(np.zeros((1, picture.height, picture.width), bool))[0])
+    return picture_tensor(_removal(picture, kind).pictures(np.zeros((1, picture.height, picture.width), bool))[0])
 
 
 def _removal(picture: Image.Image, imputation: Imputation, seed: int = 0) -> PictureRemoval:
@@ -1069,8 +1060,7 @@ class GreedySearch(_Explainer):
     def __post_init__(self) -> None:
         _check_positive("cells", self.cells)
         _check_positive("batch_size", self.batch_size)
-        if self.imputation not in IMPUTATIONS:
-            raise ValueError(f"imputation must be one of {', '.join(IMPUTATIONS)}; got {self.imputation!r}.")
+        check_imputation(self.imputation)
 
     def explain(
         self, adapter: ModelAdapter, pictures: list[Image.Image], prompt: Prompt, answer_ids: list[int]

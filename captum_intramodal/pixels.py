@@ -14,6 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal, get_args
 
+import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor, nn
@@ -22,7 +23,7 @@ from captum_intramodal.adapter import ModelAdapter, Prompt, stack_inputs
 from captum_intramodal.coordinates import PixelMap
 from captum_intramodal.hooks import evaluation_mode, replaced_embeddings
 
-__all__ = ["PixelForward", "ProcessedPixelForward"]
+__all__ = ["PixelForward", "ProcessedPixelForward", "picture_tensor"]
 
 Output = Literal["logits", "log_probs", "token_logits", "token_log_probs", "answer_log_prob"]
 OUTPUTS: tuple[str, ...] = get_args(Output)
@@ -33,6 +34,11 @@ LAYER_HOOKS = ("captum._utils.gradient", "captum.attr._core.layer.", "captum.att
 
 # Levels, of 255, by which float32 misses a whole one after division by 255.
 _ROUNDING = 1e-3
+
+
+def picture_tensor(picture: Image.Image) -> Tensor:
+    """An RGB picture as :class:`PixelForward` takes it, float32 (1, 3, height, width) in [0, 1]."""
+    return torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None].float() / 255
 
 
 class _AnswerForward(nn.Module):

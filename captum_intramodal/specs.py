@@ -6,9 +6,10 @@ import inspect
 import json
 import re
 from collections.abc import Callable
+from dataclasses import fields
 from typing import Any, TypeVar
 
-__all__ = ["build", "parse_spec"]
+__all__ = ["build", "parse_spec", "settings_of"]
 
 T = TypeVar("T")
 
@@ -50,6 +51,14 @@ def parse_spec(spec: str) -> tuple[str, dict[str, Any]]:
         options[found[1]] = value
         position = end + 1
     return name, options
+
+
+def settings_of(described: Any) -> dict[str, Any]:
+    """The name and all options of a dataclass, JSON-able; of an option that has settings of its own, these."""
+    options = {f.name: getattr(described, f.name) for f in fields(described)}
+    text = json.dumps({"name": described.name} | options, default=lambda value: value.settings)
+    settings: dict[str, Any] = json.loads(text)
+    return settings
 
 
 def build(spec: str, factory: Callable[..., T], options: dict[str, Any]) -> T:

@@ -74,7 +74,11 @@ class Case:
 
     @cached_property
     def answer(self) -> str:
-        return decode_pieces(self.adapter.tokenizer, self.answer_ids)[0]
+        return self._pieces[0]
+
+    @cached_property
+    def _pieces(self) -> tuple[str, list[tuple[int, int]]]:
+        return decode_pieces(self.adapter.tokenizer, self.answer_ids)
 
     @cached_property
     def scorer(self) -> AnswerScorer:
@@ -82,9 +86,8 @@ class Case:
 
     @cached_property
     def words(self) -> list[AnswerWord]:
-        text, spans = decode_pieces(self.adapter.tokenizer, self.answer_ids)
         probabilities = self.log_probability([self.sample.image])[0].exp().tolist()
-        found = group_words(text, spans, probabilities)
+        found = group_words(*self._pieces, probabilities)
         types = self._types([word.text for word in found])
         named = match_categories([word.text for word in found], list(self.sample.categories))
         words: list[AnswerWord] = []

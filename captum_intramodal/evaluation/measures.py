@@ -6,10 +6,9 @@ A metric gives numbers per word of the answer, or one for the whole answer, in o
 
 from __future__ import annotations
 
-import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -20,7 +19,7 @@ from torch import Tensor
 
 from captum_intramodal._captum import format_tensor_into_tuples
 from captum_intramodal.evaluation.case import Case
-from captum_intramodal.evaluation.leaderboard import Column
+from captum_intramodal.evaluation.leaderboard import ANSWER, Column
 from captum_intramodal.explainers import Explainer, shared_readings
 from captum_intramodal.metrics import (
     FUNCTION_WORD,
@@ -42,13 +41,12 @@ from captum_intramodal.metrics import (
     road,
     tam_scores,
 )
-from captum_intramodal.metrics.faithfulness import Imputation
-from captum_intramodal.pixels import PixelForward
-from captum_intramodal.specs import build, parse_spec
+from captum_intramodal.metrics.faithfulness import Imputation, check_imputation
+from captum_intramodal.pixels import PixelForward, picture_tensor
+from captum_intramodal.specs import build, parse_spec, settings_of
 
 __all__ = ["METRICS", "Measured", "Metric", "make_metric"]
 
-ANSWER = "answer"
 Of = Literal["words", "answer"]
 
 
@@ -87,9 +85,7 @@ class Metric(ABC):
     @property
     def settings(self) -> dict[str, Any]:
         """The name and all options, JSON-able."""
-        options = {f.name: getattr(self, f.name) for f in fields(self)}
-        settings: dict[str, Any] = json.loads(json.dumps({"name": self.name} | options))
-        return settings
+        return settings_of(self)
 
     @abstractmethod
     def measure(self, case: Case, explainer: Explainer, maps: Tensor, found: Measured) -> None:
@@ -265,7 +261,7 @@ class _RemovalMetric(Metric):
     def __post_init__(self) -> None:
         if self.of not in ("words", ANSWER):
             raise ValueError(f"of must be 'words' or 'answer', got {self.of!r}.")
-        PictureRemoval(len, Image.new("RGB", (1, 1)), self.imputation)  # type: ignore[arg-type]  # Checks its name.
+        check_imputation(self.imputation)
 
     def measure(self, case: Case, explainer: Explainer, maps: Tensor, found: Measured) -> None:
         targets: dict[int | str, tuple[Sequence[int], Tensor]] = {
@@ -385,7 +381,7 @@ class Infidelity(Metric):
     def measure(self, case: Case, explainer: Explainer, maps: Tensor, found: Measured) -> None:
         picture = case.sample.image
         removal = PictureRemoval(len, picture, "blur")  # type: ignore[arg-type]
-        blurred = _pixels(removal.pictures(np.zeros((1, picture.height, picture.width), bool))[0])
+        blurred = picture_tensor(removal.pictures(np.zeros((1, picture.height, picture.width), bool))[0])
         forward = PixelForward(case.adapter, case.sample.prompt, case.answer_ids, "token_log_probs")
         side = max(1, min(picture.size) // 3)
 
@@ -403,7 +399,7 @@ class Infidelity(Metric):
             value = infidelity(
                 lambda pixels, tokens=tokens: forward(pixels)[:, tokens].sum(1),
                 blur_squares,
-                _pixels(picture),
+                picture_tensor(picture),
                 (map / 3).expand(1, 3, -1, -1),  # The sum over channels is the map.
                 n_perturb_samples=self.samples,
                 max_examples_per_batch=case.batch_size,
@@ -448,7 +444,7 @@ class Sensitivity(Metric):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
             value = sensitivity_max(
-                explain, _pixels(case.sample.image), perturb_radius=self.radius, n_perturb_samples=self.samples
+                explain, picture_tensor(case.sample.image), perturb_radius=self.radius, n_perturb_samples=self.samples
             )
         found.add("sensitivity", ANSWER, float(value))
 
@@ -483,11 +479,6 @@ class Randomization(Metric):
 
         steps = randomization_check(case.adapter.model, explain, seed=self.seed)
         found.add("randomization", ANSWER, float(np.mean([abs(step.rank_correlation) for step in steps])))
-
-
-def _pixels(picture: Image.Image) -> Tensor:
-    """float32 (1, 3, height, width) in [0, 1]."""
-    return torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None].float() / 255
 
 
 def _picture(pixels: Tensor) -> Image.Image:

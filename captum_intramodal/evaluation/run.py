@@ -11,7 +11,6 @@ import os
 import platform
 import time
 import zlib
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from importlib.metadata import PackageNotFoundError, version
@@ -311,7 +310,7 @@ class _Run:
         lines = [self._file(index).read_text(encoding="utf-8") for index in range(self.count)]
         records = [json.loads(line) for line in lines]
         board = make_leaderboard(records, columns, reference, fractions=fractions)
-        manifest = self._manifest(coverage(records))
+        manifest = self._manifest(coverage(records, board))
         self._replace(self.out / "samples.jsonl", "".join(lines))
         self._replace(self.out / "manifest.json", manifest)
         self._replace(self.out / "leaderboard.md", board.to_markdown())
@@ -333,33 +332,29 @@ class _Run:
         os.replace(temporary, file)
 
 
-def coverage(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def coverage(records: Sequence[Mapping[str, Any]], board: Leaderboard) -> dict[str, Any]:
     r"""How much of a data set a run could say something about.
 
     Args:
 
         records (Sequence[Mapping]): One per sample.
+        board (Leaderboard): What they come to.
 
     Returns:
         *dict*: numbers of samples, words, nouns, function words and object words with a mask; of the categories that
         the pictures show, how many the answers name; per explainer the reasons for which samples were skipped.
     """
-    words = [word for record in records for word in record["words"]]
-    types = Counter(word["type"] for word in words)
+    types = board.coverage.words
     named = [{w["category"] for w in record["words"]} - {None} for record in records]
     shown = [set(record["categories"]) for record in records]
-    skipped: dict[str, Counter[str]] = {}
-    for record in records:
-        for label, reason in record["skipped"].items():
-            skipped.setdefault(label, Counter())[reason] += 1
     return {
         "samples": len(records),
         "answers": sum(bool(record["words"]) for record in records),
-        "words": len(words),
-        "nouns": types["noun"],
-        "function_words": types["function"],
+        "words": sum(types.values()),
+        "nouns": types.get("noun", 0),
+        "function_words": types.get("function", 0),
         "categories_shown": sum(map(len, shown)),
         "categories_shown_and_named": sum(len(a & b) for a, b in zip(shown, named, strict=True)),
         "categories_named_but_not_shown": sum(len(b - a) for a, b in zip(shown, named, strict=True)),
-        "skipped": {label: dict(reasons) for label, reasons in skipped.items()},
+        "skipped": {label: dict(reasons) for label, reasons in board.coverage.skipped.items()},
     }

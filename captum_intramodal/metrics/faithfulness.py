@@ -199,6 +199,12 @@ def road(score: Score, values: Array, fractions: Sequence[float] = FRACTIONS[1:-
     return float((lerf - morf).mean() / 2)
 
 
+def check_imputation(imputation: str) -> None:
+    """That it is the name of one."""
+    if imputation not in IMPUTATIONS:
+        raise ValueError(f"imputation must be one of {', '.join(IMPUTATIONS)}; got {imputation!r}.")
+
+
 class PictureRemoval:
     r"""
     Score of a picture of which some pixels are removed: from masks of the kept pixels to scores, as the curves need it.
