@@ -24,7 +24,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, get_args, runtime_checkable
 
 import numpy as np
 from PIL import Image
@@ -67,7 +67,8 @@ class Sample:
             Default: none are
 
     Raises:
-        ValueError: a mask that is not bool or not of the picture's size, or, from ``image``, no readable picture.
+        ValueError: a mask that is not bool or not of the picture's size, an unknown type of word, or, from ``image``, no
+            readable picture.
         OSError: no picture.
 
     Examples::
@@ -87,6 +88,8 @@ class Sample:
     word_types: Mapping[str, WordType] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        if unknown := set(self.word_types.values()) - set(get_args(WordType)):
+            raise ValueError(f"word_types must be {', '.join(get_args(WordType))}, got {', '.join(map(repr, unknown))}")
         width, height = self.size
         for name, mask in self.categories.items():
             if mask.dtype != bool or mask.shape != (height, width):

@@ -101,11 +101,11 @@ def pairwise_rank_biased_overlap(
         def overlaps(rows: slice) -> Tensor:
             return torch.minimum(weight_of[:, items[rows]], weights).sum(-1).T  # (m, n, k) -> (n, m)
 
-        return torch.cat(list(in_chunks(overlaps, len(a), part_of(working_memory // 2, 8 * k * len(weight_of)))))
+        return torch.cat(list(in_chunks(overlaps, len(a), part_of((working_memory + 1) // 2, 8 * k * len(weight_of)))))
 
     if not len(a) or not len(b):
         return torch.zeros(len(a), len(b), device=a.device)
-    return torch.cat(list(in_chunks(columns, len(b), part_of(working_memory // 2, 4 * len(ids)))), dim=1)
+    return torch.cat(list(in_chunks(columns, len(b), part_of((working_memory + 1) // 2, 4 * len(ids)))), dim=1)
 
 
 def _common_length(a: Tensor, b: Tensor) -> int:

@@ -388,6 +388,8 @@ def test_truncated_picture_is_named(tmp_path: Path) -> None:
 
 def test_pictures_are_rgb_and_masks_bool() -> None:
     assert Sample("1", Image.new("L", SIZE), "").image.mode == "RGB"
+    with pytest.raises(ValueError, match="word_types must be noun, function, other, got 'verb'"):
+        Sample("one", Image.new("RGB", (4, 4)), "what?", word_types={"runs": "verb"})  # type: ignore[dict-item]
     with pytest.raises(ValueError, match=r"'dog' is uint8"):
         Sample("1", Image.new("L", SIZE), "", categories={"dog": DOG.astype(np.uint8)})
 

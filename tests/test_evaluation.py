@@ -406,7 +406,20 @@ def test_runs_that_cannot_be(tmp_path: Path) -> None:
     ):
         with pytest.raises(ValueError, match=said):
             evaluate(*demo(), "scenes:count=1", tmp_path / out, explainers, **({"metrics": ["pointing"]} | options))
+    for arguments, error, said in (
+        ((3, ["random"], ["pointing"]), TypeError, "a length and samples; got int"),
+        (("scenes:count=1", "random", ["pointing"]), TypeError, "are lists"),
+        (("scenes:count=1", ["random"], [None]), TypeError, "got NoneType"),
+        ((str(tmp_path / "nothing"), ["random"], ["pointing"]), ValueError, "has no samples"),
+    ):
+        (tmp_path / "nothing").mkdir(exist_ok=True)
+        (tmp_path / "nothing" / "annotations.jsonl").write_text("")
+        with pytest.raises(error, match=said):
+            evaluate(*demo(), arguments[0], tmp_path / "new", *arguments[1:])
     assert not (tmp_path / "new").exists()
+    (tmp_path / "run" / "manifest.json").write_text("{")
+    with pytest.raises(ValueError, match="not the manifest of a run"):
+        evaluate(*demo(), "scenes:count=1", tmp_path / "run", ["random"], ["pointing"])
 
 
 def test_the_command(tmp_path: Path) -> None:

@@ -109,9 +109,9 @@ def evaluate(
         Leaderboard: The table; None if other processes have samples left.
 
     Raises:
-        TypeError: not a model, processor or data set.
+        TypeError: not a model, processor or data set; explainers or metrics that are no lists.
         ValueError: unknown explainers or metrics, options that they do not have, two with one label; ``out`` is a file
-            or belongs to another run; broken annotations.
+            or belongs to another run; broken annotations, or none.
         ImportError: packages of ``captum-intramodal[evaluate]`` are not installed.
 
     Examples::
@@ -121,6 +121,14 @@ def evaluate(
     """
     adapter = ModelAdapter(model, processor)
     dataset = open_dataset(dataset) if isinstance(dataset, str) else dataset
+    if not isinstance(dataset, EvaluationDataset):
+        raise TypeError(f"A data set has settings, a length and samples; got {type(dataset).__name__}.")
+    if not len(dataset):
+        raise ValueError(f"The data set {dataset.settings} has no samples.")
+    if isinstance(explainers, str) or isinstance(metrics, str):
+        raise TypeError("explainers and metrics are lists, also of one.")
+    if wrong := [m for m in metrics if not isinstance(m, str | Metric)]:
+        raise TypeError(f"A metric is a spec or a Metric, got {type(wrong[0]).__name__}.")
     compared = dict(explainers) if isinstance(explainers, Mapping) else _by_spec(explainers, make_explainer)
     measured = list(_by_spec([m for m in metrics if isinstance(m, str)], make_metric).values())
     measured += [m for m in metrics if not isinstance(m, str)]
@@ -277,7 +285,10 @@ class _Run:
         settings = json.loads(json.dumps(settings))
         manifest = self.out / "manifest.json"
         if manifest.is_file():
-            begun = json.loads(manifest.read_text(encoding="utf-8"))["settings"]
+            try:
+                begun = json.loads(manifest.read_text(encoding="utf-8"))["settings"]
+            except (ValueError, TypeError, KeyError) as error:
+                raise ValueError(f"{manifest} is not the manifest of a run; choose another directory.") from error
             if different := [key for key in settings if begun.get(key) != settings[key]]:
                 raise ValueError(
                     f"{self.out} belongs to another run: "
