@@ -67,8 +67,8 @@ class Sample:
             Default: none are
 
     Raises:
-        ValueError: a mask that is not bool or not of the picture's size, an unknown type of word, or, from ``image``, no
-            readable picture.
+        ValueError: a mask that is not bool or not of the picture's size, an unknown type of word, or, from ``image``,
+            no readable picture.
         OSError: no picture.
 
     Examples::
