@@ -3,6 +3,7 @@ r"""A transformers image-text-to-text model and its processor, bound together: p
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from copy import copy
 from dataclasses import dataclass
 from difflib import SequenceMatcher
@@ -28,7 +29,7 @@ from captum_intramodal.geometry import (
     visual_positions,
 )
 from captum_intramodal.hooks import StepStates, evaluation_mode
-from captum_intramodal.logit_lens import LogitLens
+from captum_intramodal.logit_lens import LogitLens, StepRankings
 
 __all__ = ["Encoding", "ModelAdapter", "check_images", "logits_gap", "stack_inputs"]
 
@@ -364,6 +365,26 @@ class ModelAdapter:
         """One forward pass with the processor's inputs, in the model's dtype; keeps no cache."""
         return self.model(**self._cast(inputs), use_cache=False)
 
+    def logits(self, inputs: Mapping[str, Any], positions: Tensor) -> Tensor:
+        r"""
+        Logits of one forward pass at some positions; the head need not run over the others.
+
+        Args:
+
+            inputs (Mapping): Of :meth:`run`.
+            positions (Tensor): Counted from the end, negative, int64 (n,): there may be visual tokens or padding before
+                        the prompt.
+
+        Returns:
+            *Tensor* (B, n, vocabulary).
+        """
+        n = len(positions)
+        # Of as many positions as there are one could not tell whether the model heeded them.
+        few = "logits_to_keep" in self.reads and n < self.sequence_length(inputs)
+        kept = {"logits_to_keep": positions.to(self.device)} if few else {}
+        logits: Tensor = self.run({**inputs, **kept}).logits
+        return logits if few and logits.shape[1] == n else logits[:, positions.to(logits.device)]
+
     def _cast(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
         dtype = self.model.dtype
         return {
@@ -381,10 +402,16 @@ class ModelAdapter:
         return [self._strip_end(self._until_end(answer.tolist())) for answer in answers]
 
     def generate_with_states(
-        self, inputs: Mapping[str, Any], max_new_tokens: int, layers: Sequence[torch.nn.Module], kept: Sequence[Tensor]
-    ) -> tuple[list[list[int]], StepStates | None]:
+        self,
+        inputs: Mapping[str, Any],
+        max_new_tokens: int,
+        layers: Sequence[torch.nn.Module],
+        kept: Sequence[Tensor],
+        k: int | None = None,
+    ) -> tuple[list[list[int]], StepStates | None, StepRankings | None]:
         r"""
-        As :meth:`generate_batch`, and what decoder layers say meanwhile, so that the answers need not be read again.
+        As :meth:`generate_batch`, and what the model computes meanwhile, so that neither the answers nor the vocabulary
+        need be read again.
 
         Args:
 
@@ -392,19 +419,26 @@ class ModelAdapter:
             max_new_tokens (int): Where an answer ends at the latest.
             layers (Sequence[torch.nn.Module]): The layers to read.
             kept (Sequence[Tensor]): For each prompt the positions to read, without padding, int64.
+            k (int, optional): Length of the rankings.
+                        Default: None, no rankings
 
         Returns:
-            **answers, states** (*tuple[list[list[int]], StepStates or None]*):
+            **answers, states, rankings** (*tuple[list[list[int]], StepStates or None, StepRankings or None]*):
                 The states, of all tokens of the answers too; None if the model does not read its answer token by token.
+                Rankings by the logits; None if the lens would read other ones, or finer ones.
         """
         length = self.sequence_length(inputs)
         columns = [start + positions for start, positions in zip(self.starts(inputs), kept, strict=True)]
         states = StepStates(layers, columns, length)
-        with states.recorded():
+        rankings = StepRankings(self.lens, k) if k is not None and self.lens.ranks_as_generated else None
+        with states.recorded(), rankings.recorded() if rankings else nullcontext():
             # One token more: a model does not read the last one.
             generated = self._generate(inputs, max_new_tokens + 1).sequences[:, length:]
         answers = [self._strip_end(self._until_end(answer.tolist())[:max_new_tokens]) for answer in generated]
-        return answers, states if states.complete(generated.shape[1]) else None
+        count = generated.shape[1]
+        if not states.complete(count):
+            return answers, None, None
+        return answers, states, rankings if rankings and rankings.complete(count) else None
 
     def generate_with_logits(self, inputs: Mapping[str, Any], max_new_tokens: int = 128) -> tuple[list[int], Tensor]:
         """Greedy answer with the tokens that end it, and the model's logits for each of them, (tokens, vocabulary)."""

@@ -300,6 +300,7 @@ def _explain_together(
                 scales,
                 layer,
                 ranking.layers,
+                ranking.k,
                 max_new_tokens,
                 method,
                 crops,
@@ -373,16 +374,21 @@ def _explanation(
 
 def relate(ranking: ARC, reading: Reading) -> tuple[ContextRelevance, Tensor]:
     """Relevance of context, and the probabilities of the answer's tokens. Both take the whole vocabulary, which is read
-    once for both where they take the same layer."""
-    lens, ids, last = ranking.lens, reading.text.ids, reading.last
+    once for both where they take the same layer, and not again for what was ranked while the answer was generated."""
+    lens, ids, last, known = ranking.lens, reading.text.ids, reading.last, reading.answer_rankings
     count, n = len(ids), reading.n_answer
     said = last[-n:]  # At the position before each token of the answer: the first one's, and the other tokens'.
     at_token = ranking.ranking_position == "token"
-    rankings, normalizer = [], None
+    rankings, normalizer = [], None if known is None else known.log_normalizer[:-1]
     for layer, module in zip(ranking.layers, ranking.modules, strict=True):
         states = reading.ranking_states[layer]
         states = states[:count] if at_token else states[count:]
-        if at_token and module is lens.layers[-1]:
+        if module is not lens.layers[-1]:
+            rankings.append(lens.topk(states, ranking.k))
+        elif known is not None:
+            asked = lens.topk(states[:-n], ranking.k)
+            rankings.append(torch.cat([asked, (known.ids[1:] if at_token else known.ids[:-1]).to(asked.device)]))
+        elif at_token:
             ranked, sums = lens.rank(torch.cat([said[:1], states]), ranking.k)
             rankings.append(ranked[1:])
             normalizer = torch.cat([sums[:1], sums[-n:-1]])

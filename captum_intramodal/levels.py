@@ -254,9 +254,10 @@ def _log_probabilities(
     adapter: ModelAdapter, encoding: Encoding, changed: dict[str, Tensor], positions: Tensor
 ) -> tuple[Tensor, ...]:
     """Of the tokens at these positions, given all before them."""
-    logits = encoding.rows(adapter.run(encoding.inputs | changed).logits[0])
-    rows, ids = (positions - 1).clamp_min(0), encoding.input_ids[positions]
-    scores = logits[rows.to(logits.device)].float().log_softmax(1).gather(1, ids.to(logits.device)[:, None])
+    before = (positions - 1).clamp_min(0)
+    logits = adapter.logits(encoding.inputs | changed, before - len(encoding.input_ids))[0]
+    ids = encoding.input_ids[positions].to(logits.device)
+    scores = logits.float().log_softmax(1).gather(1, ids[:, None])
     return scores[:, 0].unbind()
 
 

@@ -3,6 +3,7 @@ r"""The logit lens: a model's hidden states, read with its own final norm and un
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
@@ -22,7 +23,7 @@ from captum_intramodal.hooks import (
     run_layers,
 )
 
-__all__ = ["LayerLogitLens", "LogitLens", "Rankings"]
+__all__ = ["LayerLogitLens", "LogitLens", "Rankings", "StepRankings"]
 
 T = TypeVar("T")
 
@@ -88,6 +89,7 @@ class LogitLens:
         self.cap: float | None = None
         self.working_memory = working_memory
         self._replay: _TailReplay | None = None
+        self._head_is_last = False
         self._calibrate(model, inputs)
 
     def fits(self, model: PreTrainedModel) -> bool:
@@ -117,7 +119,7 @@ class LogitLens:
         if inputs is None:
             inputs = {"input_ids": torch.tensor([[3, 1, 4, 2]], device=input_device(model))}
         last = self.layers[-1]
-        with capture_outputs([last], hidden_rows) as captured:
+        with capture_outputs([last, *([] if self.head is None else [self.head])], hidden_rows) as captured:
             logits = model(**inputs).logits[0]
         if last not in captured:
             raise ValueError(f"The last decoder layer of {type(model).__name__} did not run in its forward pass.")
@@ -125,6 +127,17 @@ class LogitLens:
         gap = self._fast_gap(model, hidden[-1], logits[-1].float())
         if gap is not None:
             self._replay = _TailReplay(model, inputs, last, hidden, logits, gap)
+        elif self.head in captured:
+            # Some scale what the head reads, instead of what it says.
+            expected = logits[-1].float()
+            said = self._postprocess(captured[self.head][-1].to(expected))[..., : expected.numel()]
+            self._head_is_last = said.shape == expected.shape and torch.allclose(said, expected, rtol=1e-3, atol=1e-3)
+
+    @property
+    def ranks_as_generated(self) -> bool:
+        """Whether :meth:`rank_logits` of what the head says while the model generates is :meth:`rank` of its states:
+        the lens is the model's own tail, in float32; of lower precision many logits are equal that differ there."""
+        return self._head_is_last and self._weight.dtype == torch.float32
 
     def _fast_gap(self, model: PreTrainedModel, hidden: Tensor, logits: Tensor) -> str | None:
         """Sets factor and cap so that the lens gives the model's logits; where that fails, says by how much."""
@@ -242,9 +255,8 @@ class LogitLens:
         if k < 1:
             raise ValueError(f"k must be at least 1, got {k}.")
         if self._replay is not None:
-            parts = [(_top_keys(logits, 0, k), logits.logsumexp(1)) for logits in self._replayed(hidden)]
-            keys, normalizers = (torch.cat(each) for each in zip(*parts, strict=True))
-            return Rankings(_ranked(keys, k), normalizers)
+            parts = [_rank_all(logits, k) for logits in self._replayed(hidden)]
+            return Rankings(*map(torch.cat, zip(*parts, strict=True)))
         normed = self.normalize(hidden)
 
         def read(rows: slice) -> tuple[Tensor, Tensor]:
@@ -258,6 +270,10 @@ class LogitLens:
             best = best.topk(min(k, best.shape[1]), dim=1).values
             normalizer = torch.logaddexp(normalizer, block)
         return Rankings(_ranked(best, k), normalizer)
+
+    def rank_logits(self, product: Tensor, k: int = 50) -> Rankings:
+        """:meth:`rank` of the head's output, (N, vocabulary), before the model scales or caps it."""
+        return _rank_all(self._postprocess(product), k)
 
     def topk(self, hidden: Tensor, k: int = 50, block_size: int | None = None) -> Tensor:
         """The ``ids`` of :meth:`rank`, int64 (N, min(k, vocabulary)), best first."""
@@ -300,6 +316,59 @@ class LogitLens:
         if bias is not None:
             product = product + bias[tokens.to(bias.device)].to(product)
         return self._postprocess(product) - log_normalizer
+
+
+class StepRankings:
+    r"""
+    Rankings by the logits that a model computes anyway while it generates, so that the vocabulary need not be read
+    again: at the prompts' last position, and at each generated token that is read afterwards, one in each pass.
+
+    Args:
+
+        lens (LogitLens): The model's lens, which must be able to: :attr:`LogitLens.ranks_as_generated`.
+        k (int): Length of the rankings.
+
+    Examples::
+
+        >>> rankings = StepRankings(lens, 50)
+        >>> with rankings.recorded():
+        ...     output = model.generate(**inputs, return_dict_in_generate=True)
+        >>> generated = output.sequences.shape[1] - inputs["input_ids"].shape[1]
+        >>> rankings.complete(generated)
+        True
+        >>> rankings.of(0, generated - 1).ids.shape        # the last token is not read any more
+        torch.Size([generated, 50])
+    """
+
+    def __init__(self, lens: LogitLens, k: int) -> None:
+        self.lens, self.k = lens, k
+        self._passes: list[Rankings] = []
+        self._regular = True
+
+    @contextmanager
+    def recorded(self) -> Iterator[None]:
+        """Collects the rankings while the body of the ``with`` statement generates."""
+        handle = cast(nn.Module, self.lens.head).register_forward_hook(self._record)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    @torch.no_grad()
+    def _record(self, head: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        # Under autocast it says something less precise.
+        self._regular &= output.dtype == torch.float32 and output.ndim == 3
+        if self._regular:
+            self._passes.append(self.lens.rank_logits(output[:, -1], self.k))
+
+    def complete(self, generated: int) -> bool:
+        """Whether the head ran once for each of so many generated tokens."""
+        return self._regular and len(self._passes) == generated
+
+    def of(self, row: int, read: int) -> Rankings:
+        """An example's rankings at its prompt's last position and at so many generated tokens."""
+        ids, normalizers = zip(*((p.ids[row], p.log_normalizer[row]) for p in self._passes[: read + 1]), strict=True)
+        return Rankings(torch.stack(ids), torch.stack(normalizers))
 
 
 class _TailReplay:
@@ -376,6 +445,10 @@ def _top_keys(logits: Tensor, start: int, k: int) -> Tensor:
         if not bool((values[:, k] == values[:, k - 1]).any()):
             return _rank_keys(values[:, :k], start, ids[:, :k])
     return _rank_keys(logits, start)
+
+
+def _rank_all(logits: Tensor, k: int) -> Rankings:
+    return Rankings(_ranked(_top_keys(logits, 0, k), k), logits.logsumexp(1))
 
 
 def _ranked(keys: Tensor, k: int) -> Tensor:

@@ -102,18 +102,18 @@ class _AnswerForward(nn.Module):
         self, encodings: Sequence[Mapping[str, Any]], contexts: Sequence[AbstractContextManager[None]], length: int
     ) -> Sequence[Tensor]:
         """Per example the logits of its answer."""
+        predicting = torch.arange(-length - 1, -1)
         plain = all(isinstance(context, nullcontext) for context in contexts)
         if len(encodings) > 1 and plain and self.stacks and len({_shapes(inputs) for inputs in encodings}) == 1:
             with evaluation_mode(self.model, gradients=True):
-                logits: Tensor = self.adapter.run(stack_inputs(encodings)).logits[:, -length - 1 : -1]
-            return logits.unbind()
+                return self.adapter.logits(stack_inputs(encodings), predicting).unbind()
         if len(encodings) > 1:
             _refuse_layer_hooks(self.model)
         each = []
         for inputs, context in zip(encodings, contexts, strict=True):
             # Given back after each example: a model that draws random numbers draws the same for all of them.
             with evaluation_mode(self.model, gradients=True), context:
-                each.append(self.adapter.run(inputs).logits[0, -length - 1 : -1])
+                each.append(self.adapter.logits(inputs, predicting)[0])
         return each
 
     def _score(self, logits: Tensor, answer: Tensor, contrast: Tensor | None) -> Tensor:

@@ -30,7 +30,7 @@ from captum_intramodal.levels import (
     resize_pictures,
     visual_states,
 )
-from captum_intramodal.logit_lens import select_layers
+from captum_intramodal.logit_lens import Rankings, StepRankings, select_layers
 from captum_intramodal.msea import Aggregation, ChangedDecisions, aggregate
 from captum_intramodal.scoring import AnswerScorer
 from captum_intramodal.text import decode_pieces, find_spans
@@ -105,6 +105,8 @@ class Reading:
         working_memory (int): bytes that a step which works in parts takes at a time.
         decisions (dict[float, Decision] or None): by scale, that of the originals included, what the model would say
             there; None if nobody asked.
+        answer_rankings (Rankings or None): of the last layer at the position before the answer and at its tokens, where
+            they were read while it was generated.
     """
 
     pictures: list[Image.Image]
@@ -117,6 +119,7 @@ class Reading:
     n_answer: int
     working_memory: int = WORKING_MEMORY
     decisions: dict[float, Decision] | None = None
+    answer_rankings: Rankings | None = None
 
     def maps(
         self, weights: Tensor, aggregation: Aggregation = "mean", changed_decisions: ChangedDecisions = "keep"
@@ -172,6 +175,7 @@ def read_answers(
     scales: Scales,
     layer: int | None = None,
     ranking_layers: Sequence[int] = (-1,),
+    ranking_k: int | None = None,
     max_new_tokens: int = 128,
     method: Method = "auto",
     crops: bool = False,
@@ -185,7 +189,8 @@ def read_answers(
     layers = select_layers(adapter.lens, [-1 if layer is None else layer, *ranking_layers, -1])
     examples: list[_Example] = []
     for rows, inputs in adapter.prepare_together(pictures, prompts):
-        batch, said = _with_answers(adapter, inputs, [answers[row] for row in rows], layers, max_new_tokens, report)
+        given = [answers[row] for row in rows]
+        batch, said = _with_answers(adapter, inputs, given, layers, ranking_k, max_new_tokens, report)
         texts = [TextTokens.of(adapter, e, shown_prompt(prompts[row])) for e, row in zip(batch, rows, strict=True)]
         positions = [_read_positions(e, text.positions) for e, text in zip(batch, texts, strict=True)]
         if said is None:
@@ -194,7 +199,7 @@ def read_answers(
         else:
             states = [said.of(e, p, layers) for e, p in zip(batch, positions, strict=True)]
         examples += [
-            _Example(pictures[row], prompts[row], encoding, text, read)
+            _Example(pictures[row], prompts[row], encoding, text, read, None if said is None else said.ranked(encoding))
             for row, encoding, text, read in zip(rows, batch, texts, states, strict=True)
         ]
 
@@ -217,7 +222,7 @@ def read_answers(
 
     readings = []
     for example, seen in zip(examples, levels, strict=True):
-        _, *ranked, last = (h[len(example.encoding.visual_positions) :] for h in example.states)
+        _, *ranking_states, last = (h[len(example.encoding.visual_positions) :] for h in example.states)
         kept, dropped = found[example.sizes]
         readings.append(
             Reading(
@@ -226,11 +231,12 @@ def read_answers(
                 levels=seen,
                 method=explained_by(method, next(iter(kept.values()))),
                 dropped=dropped,
-                ranking_states=dict(zip(ranking_layers, ranked, strict=True)),
+                ranking_states=dict(zip(ranking_layers, ranking_states, strict=True)),
                 last=last,
                 n_answer=len(example.encoding.answer_ids),
                 working_memory=adapter.working_memory,
                 decisions=_decide(adapter, example, kept) if decisions else None,
+                answer_rankings=example.answer_rankings,
             )
         )
     return readings
@@ -246,6 +252,7 @@ class _Example:
     encoding: Encoding
     text: TextTokens
     states: list[Tensor]
+    answer_rankings: Rankings | None = None
 
     @property
     def sizes(self) -> tuple[Size, ...]:
@@ -254,9 +261,11 @@ class _Example:
 
 @dataclass(frozen=True)
 class _Said:
-    """What decoder layers said while the model generated, at some positions of each prompt and at the answers."""
+    """What decoder layers and head said while the model generated, at some positions of each prompt and at the
+    answers."""
 
     states: StepStates
+    rankings: StepRankings | None
     kept: list[Tensor]
 
     def of(self, encoding: Encoding, positions: Tensor, layers: Sequence[nn.Module]) -> list[Tensor]:
@@ -266,12 +275,16 @@ class _Said:
         states = self.states.of(encoding.row, len(answer))
         return [states[layer][index.to(states[layer].device)] for layer in layers]
 
+    def ranked(self, encoding: Encoding) -> Rankings | None:
+        return None if self.rankings is None else self.rankings.of(encoding.row, len(encoding.answer_ids))
+
 
 def _with_answers(
     adapter: ModelAdapter,
     inputs: Mapping[str, Any],
     answers: Sequence[str | Sequence[int] | None],
     layers: Sequence[nn.Module],
+    ranking_k: int | None,
     max_new_tokens: int,
     report: Callable[[str], None],
 ) -> tuple[list[Encoding], _Said | None]:
@@ -286,9 +299,9 @@ def _with_answers(
             torch.cat([_read_positions(p, text_positions(adapter, p)), torch.tensor([p.prompt_length - 1])]).unique()
             for p in prompts
         ]
-        generated, states = adapter.generate_with_states(inputs, max_new_tokens, layers, kept)
+        generated, states, rankings = adapter.generate_with_states(inputs, max_new_tokens, layers, kept, ranking_k)
         if states is not None and not any(given):
-            said = _Said(states, kept)
+            said = _Said(states, rankings, kept)
         given = [own if ids is None else ids for ids, own in zip(given, generated, strict=True)]
     answer_ids = [ids for ids in given if ids]
     if len(answer_ids) < len(given):

@@ -156,8 +156,6 @@ class AnswerScorer:
     def _read(self, encodings: Sequence[Encoding]) -> tuple[Tensor, Tensor]:
         """Of the answers, which end the sequences: all padding is on the left."""
         count = len(self.answer_ids)
-        # The head need not run over the whole prompt.
-        few = {"logits_to_keep": count + 1} if "logits_to_keep" in self.adapter.reads else {}
-        logits = self.adapter.run(encodings[0].inputs | few).logits[:, -count - 1 : -1].float().log_softmax(-1)
+        logits = self.adapter.logits(encodings[0].inputs, torch.arange(-count - 1, -1)).float().log_softmax(-1)
         ids = torch.tensor(self.answer_ids, device=logits.device).expand(len(encodings), -1)
         return logits.gather(2, ids[..., None])[..., 0].cpu(), logits.argmax(-1).cpu()

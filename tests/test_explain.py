@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -450,8 +451,8 @@ def test_a_model_that_does_not_read_token_by_token_reads_its_answer_afterwards(m
     adapter = ModelAdapter(model, processor)
     inputs = adapter.prepare([picture()], "what is this")
     layers, kept = [adapter.lens.layers[-1]], [torch.arange(2)]
-    answers, states = adapter.generate_with_states(inputs, 4, layers, kept)
-    assert states is None
+    answers, states, rankings = adapter.generate_with_states(inputs, 4, layers, kept, 5)
+    assert states is None and rankings is None
     assert 1 <= len(answers[0]) <= 4
 
 
@@ -478,6 +479,52 @@ def test_rankings_and_probabilities_from_one_sweep(qwen: tuple[Any, Any], positi
     torch.testing.assert_close(context.text_activation, expected.text_activation)
     ids = reading.text.ids[-3:]
     torch.testing.assert_close(probabilities, adapter.lens.log_probability(reading.last[-3:], ids).exp())
+
+
+@pytest.mark.parametrize("position", ["token", "prediction"])
+@pytest.mark.parametrize("model_type", ["qwen2_vl", "gemma3", "aya_vision", "idefics3"])
+def test_what_is_said_while_generating_is_ranked_then(model_type: str, position: str) -> None:
+    adapter = ModelAdapter(*(tiny(model_type) if model_type in MODEL_TYPES else build(model_type)))
+    options = dict(answer=None, scales=(1.0,), max_new_tokens=4)
+    reading = read_answer(adapter, [picture()], "what is this", ranking_k=7, **options)
+    known = reading.answer_rankings
+    assert known is not None and known.ids.shape == (5, 7) and known.log_normalizer.shape == (5,)
+    n = reading.n_answer
+    expected = adapter.lens.rank(torch.cat([reading.last[-n:][:1], reading.last[: len(reading.text.ids)][-n:]]), 7)
+    torch.testing.assert_close(known.log_normalizer, expected.log_normalizer, atol=1e-4, rtol=1e-5)
+    # Neighbours of equal logits may change places.
+    assert (known.ids == expected.ids).float().mean() > 0.9
+    arc = ARC(model=adapter.lens, k=7, ranking_position=position)
+    context, probabilities = relate(arc, reading)
+    afterwards, probabilities_afterwards = relate(arc, replace(reading, answer_rankings=None))
+    torch.testing.assert_close(context.relevance, afterwards.relevance, atol=0.05, rtol=0)
+    torch.testing.assert_close(probabilities, probabilities_afterwards, atol=1e-6, rtol=1e-4)
+
+
+def test_logits_of_low_precision_are_not_ranked() -> None:
+    model, processor = tiny("qwen2_vl")
+    adapter = ModelAdapter(model.to(torch.bfloat16), processor)
+    options = dict(answer=None, scales=(1.0,), max_new_tokens=4, ranking_k=7)
+    assert read_answer(adapter, [picture()], "what is this", **options).answer_rankings is None
+    model.float()
+    reading = read_answer(ModelAdapter(model, processor), [picture()], "what is this", **options)
+    assert reading.answer_rankings is not None
+    with torch.autocast("cpu", torch.bfloat16):
+        reading = read_answer(ModelAdapter(model, processor), [picture()], "what is this", **options)
+    assert reading.answer_rankings is None
+
+
+def test_a_head_that_reads_scaled_states_is_not_taken_at_its_word() -> None:
+    """What it says has been scaled already; the lens scales the product with the states before."""
+    model, processor = tiny("qwen2_vl")
+    handle = model.lm_head.register_forward_pre_hook(lambda head, args: (args[0] / 4,))
+    try:
+        adapter = ModelAdapter(model, processor)
+        assert adapter.lens.tail == "fast" and adapter.lens.factor == pytest.approx(0.25, rel=1e-3)
+        options = dict(answer=None, scales=(1.0,), max_new_tokens=4, ranking_k=7)
+        assert read_answer(adapter, [picture()], "what is this", **options).answer_rankings is None
+    finally:
+        handle.remove()
 
 
 def test_what_is_found_out_about_a_model_is_found_out_once() -> None:
