@@ -47,18 +47,27 @@ from transformers import (
     Qwen2VLVideoProcessor,
 )
 
-from captum_intramodal import ARC, ImageTextInput, ModelAdapter, MultimodalLLMAttribution, PixelForward, explain
+from captum_intramodal import (
+    ARC,
+    ImageTextInput,
+    ModelAdapter,
+    MultimodalLLMAttribution,
+    PixelForward,
+    explain,
+    visual_pass,
+)
 from captum_intramodal.canvas import canvas_grid, draw_on_canvas
 from captum_intramodal.explain import relate, suppress_together
 from captum_intramodal.geometry import TokenGeometry
 from captum_intramodal.hooks import evaluation_mode, run_layers
-from captum_intramodal.levels import TokenLevel, resize_pictures, visual_states
+from captum_intramodal.levels import TokenLevel, resize_pictures
 from captum_intramodal.logit_lens import LogitLens
 from captum_intramodal.msea import DEFAULT_SCALES, normalized_weights
 from captum_intramodal.pixels import picture_tensor
 from captum_intramodal.rankings import pairwise_rank_biased_overlap
 from captum_intramodal.reading import Reading, TextTokens
 from captum_intramodal.tam import estimated_causal_inference, rank_gaussian_filter
+from captum_intramodal.visual_pass import visual_states
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -540,6 +549,35 @@ class Bench:
         passes, msea = costs.values()
         self.report.add(*table(RATIO, [self._ratio("MSEA + ARC : its passes", msea, passes, 1.1)]))
 
+    def behind_text(self, runs: int, tokens: int = 1024, visual_tokens: int = 256) -> None:
+        """A picture that comes after a long text, which is read once instead of once per scale."""
+        image = picture(visual_tokens)
+        content = [{"type": "text", "text": " ".join([PROMPT] * (tokens // 4))}, {"type": "image"}]
+
+        def read(least: int) -> None:
+            before, visual_pass.MIN_TOKENS = visual_pass.MIN_TOKENS, least
+            try:
+                explain(
+                    self.adapter.model, self.adapter.processor, image, [{"role": "user", "content": content}],
+                    self.answer, scales=DEFAULT_SCALES,
+                )  # fmt: skip
+            finally:
+                visual_pass.MIN_TOKENS = before
+
+        works: dict[str, Callable[[], Any]] = {
+            "(c) the text read at every scale": lambda: read(sys.maxsize),
+            "(c) the text read once": lambda: read(1),
+        }
+        for work in works.values():
+            work()  # What is found out once.
+        costs = self.compare(works, runs)
+        self.report.costs(
+            f"### {tokens} tokens of text before a picture of {visual_tokens} visual tokens, MSEA at 3 scales + ARC",
+            costs,
+        )
+        apart, once = costs.values()
+        self.report.add(*table(RATIO, [self._ratio("read once : read at every scale", once, apart, 1.0)]))
+
     def after(self, tam: Path | None, runs: int) -> None:
         """The part after the model's pass, on the same states."""
         adapter, lens = self.adapter, self.adapter.lens
@@ -787,6 +825,7 @@ def main(
             bench.generating(runs)
         if "scales" in chosen:
             bench.scales(runs)
+            bench.behind_text(runs)
         if "after" in chosen:
             with quiet(adapter):
                 bench.after(tam, runs)

@@ -31,7 +31,7 @@ from captum_intramodal.geometry import (
 from captum_intramodal.hooks import StepStates, evaluation_mode
 from captum_intramodal.logit_lens import LogitLens, StepRankings
 
-__all__ = ["Encoding", "ModelAdapter", "check_images", "logits_gap", "stack_inputs"]
+__all__ = ["Encoding", "ModelAdapter", "check_images", "logits_gap", "noise_picture", "stack_inputs"]
 
 # Model types whose processor takes a prompt as a list of texts and pictures in their order.
 INTERLEAVED = ("idefics",)
@@ -134,7 +134,7 @@ class ModelAdapter:
             return LogitLens(self.model, working_memory=self.working_memory)
         except (ValueError, TypeError, RuntimeError, IndexError, KeyError, AttributeError):
             # Not every model runs on text alone. All-black pictures are dropped by some.
-            inputs = self.prepare([_noise_picture((64, 64))], "describe")
+            inputs = self.prepare([noise_picture((64, 64))], "describe")
             ids = [i for i in range(len(self.tokenizer)) if i not in set(self.tokenizer.all_special_ids)]
             return LogitLens(self.model, self._cast(self.encode(inputs, ids[:8]).inputs), self.working_memory)
 
@@ -144,7 +144,7 @@ class ModelAdapter:
         if self.is_encoder_decoder:
             return False
         frames = 2 if self.video else 1
-        images = [[_noise_picture(size)] * frames for size in ((96, 64), (200, 136))]
+        images = [[noise_picture(size)] * frames for size in ((96, 64), (200, 136))]
         prompts = ["describe", "describe describe describe"]
         tolerance = 1e-3 if self.model.dtype in (torch.float32, torch.float64) else 5e-2
         try:
@@ -162,7 +162,7 @@ class ModelAdapter:
     @cached_property
     def stacks(self) -> bool:
         """Whether inputs of single prompts, stacked by :func:`stack_inputs`, are read as each alone: tried with two."""
-        pictures = [[_noise_picture((96, 64), seed)] * (2 if self.video else 1) for seed in (0, 1)]
+        pictures = [[noise_picture((96, 64), seed)] * (2 if self.video else 1) for seed in (0, 1)]
         tolerance = 1e-3 if self.model.dtype in (torch.float32, torch.float64) else 5e-2
         try:
             with evaluation_mode(self.model):
@@ -635,7 +635,7 @@ def stack_inputs(examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     }
 
 
-def _noise_picture(size: tuple[int, int], seed: int = 0) -> Image.Image:
+def noise_picture(size: tuple[int, int], seed: int = 0) -> Image.Image:
     """All-black pictures are dropped by some processors."""
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), np.uint8))
 

@@ -21,7 +21,7 @@ from captum_intramodal.coordinates import PixelMaps
 from captum_intramodal.decoder import decoder_blocks, decoder_layers
 from captum_intramodal.enlarged import Enlarged
 from captum_intramodal.geometry import TokenGeometry, state_rows, visual_rows
-from captum_intramodal.hooks import hidden_rows, named_arguments, run_layers
+from captum_intramodal.hooks import named_arguments
 from captum_intramodal.msea import DEFAULT_SCALES, check_scales
 
 __all__ = [
@@ -38,7 +38,6 @@ __all__ = [
     "input_x_gradient",
     "layer_gradient_x_activation",
     "resize_pictures",
-    "visual_states",
 ]
 
 Method = Literal["auto", "logit_lens", "layer_gradient_x_activation", "input_x_gradient"]
@@ -354,22 +353,6 @@ def resize_pictures(pictures: Sequence[Image.Image], sizes: Sequence[tuple[int, 
         picture if picture.size == size else picture.resize(size, Image.Resampling.BICUBIC)
         for picture, size in zip(pictures, sizes, strict=True)
     ]
-
-
-def visual_states(adapter: ModelAdapter, inputs: Mapping[str, Any], layer: nn.Module) -> list[Tensor]:
-    """Per prompt of a batch the hidden states (V, D) at its visual positions. What comes after them is left out."""
-    starts = adapter.starts(inputs)
-    positions = [
-        start + adapter.visual_positions(ids[start:]) for start, ids in zip(starts, inputs["input_ids"], strict=True)
-    ]
-
-    def select(hidden: Tensor) -> Tensor:
-        each = [hidden_rows(hidden, row, len(positions))[p.to(hidden.device)] for row, p in enumerate(positions)]
-        return torch.cat(each)
-
-    prefix = adapter.visual_prefix(inputs)
-    (hidden,) = run_layers(lambda: adapter.run(prefix), [layer], select)
-    return list(hidden.split([len(p) for p in positions]))
 
 
 def find_sights(

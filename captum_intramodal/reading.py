@@ -3,6 +3,7 @@ r"""What the model says: one teacher-forced pass over prompts and answers, and o
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -28,12 +29,12 @@ from captum_intramodal.levels import (
     find_sights,
     layer_gradient_x_activation,
     resize_pictures,
-    visual_states,
 )
 from captum_intramodal.logit_lens import Rankings, StepRankings, select_layers
 from captum_intramodal.msea import Aggregation, ChangedDecisions, aggregate
 from captum_intramodal.scoring import AnswerScorer
 from captum_intramodal.text import decode_pieces, find_spans
+from captum_intramodal.visual_pass import TextPrefix, visual_states
 
 __all__ = ["Decision", "Reading", "TextTokens", "read_answer", "read_answers"]
 
@@ -190,16 +191,26 @@ def read_answers(
     examples: list[_Example] = []
     for rows, inputs in adapter.prepare_together(pictures, prompts):
         given = [answers[row] for row in rows]
-        batch, said = _with_answers(adapter, inputs, given, layers, ranking_k, max_new_tokens, report)
+        # The passes at other scales need not read again what stands before the pictures.
+        prefix = TextPrefix.of(adapter, inputs) if isinstance(scales, str) or {*scales} - {1.0} else None
+        batch, said = _with_answers(adapter, inputs, given, layers, ranking_k, max_new_tokens, report, prefix)
         texts = [TextTokens.of(adapter, e, shown_prompt(prompts[row])) for e, row in zip(batch, rows, strict=True)]
         positions = [_read_positions(e, text.positions) for e, text in zip(batch, texts, strict=True)]
         if said is None:
             report(f"Reading the answer ({sum(len(e.answer_ids) for e in batch)} tokens)")
-            states = _read_states(adapter, batch, positions, layers)
+            states = _read_states(adapter, batch, positions, layers, prefix)
         else:
             states = [said.of(e, p, layers) for e, p in zip(batch, positions, strict=True)]
         examples += [
-            _Example(pictures[row], prompts[row], encoding, text, read, None if said is None else said.ranked(encoding))
+            _Example(
+                pictures[row],
+                prompts[row],
+                encoding,
+                text,
+                read,
+                None if said is None else said.ranked(encoding),
+                prefix,
+            )
             for row, encoding, text, read in zip(rows, batch, texts, states, strict=True)
         ]
 
@@ -252,7 +263,8 @@ class _Example:
     encoding: Encoding
     text: TextTokens
     states: list[Tensor]
-    answer_rankings: Rankings | None = None
+    answer_rankings: Rankings | None
+    prefix: TextPrefix | None
 
     @property
     def sizes(self) -> tuple[Size, ...]:
@@ -287,6 +299,7 @@ def _with_answers(
     ranking_k: int | None,
     max_new_tokens: int,
     report: Callable[[str], None],
+    prefix: TextPrefix | None,
 ) -> tuple[list[Encoding], _Said | None]:
     """A batch with its answers, those that are not given from the model; and what it said if all are its own."""
     given = [None if answer is None else adapter.tokenize_answer(answer) for answer in answers]
@@ -299,7 +312,8 @@ def _with_answers(
             torch.cat([_read_positions(p, text_positions(adapter, p)), torch.tensor([p.prompt_length - 1])]).unique()
             for p in prompts
         ]
-        generated, states, rankings = adapter.generate_with_states(inputs, max_new_tokens, layers, kept, ranking_k)
+        with prefix.captured() if prefix is not None else nullcontext():
+            generated, states, rankings = adapter.generate_with_states(inputs, max_new_tokens, layers, kept, ranking_k)
         if states is not None and not any(given):
             said = _Said(states, rankings, kept)
         given = [own if ids is None else ids for ids, own in zip(given, generated, strict=True)]
@@ -315,7 +329,11 @@ def _read_positions(encoding: Encoding, text: Tensor) -> Tensor:
 
 
 def _read_states(
-    adapter: ModelAdapter, batch: Sequence[Encoding], positions: Sequence[Tensor], layers: Sequence[nn.Module]
+    adapter: ModelAdapter,
+    batch: Sequence[Encoding],
+    positions: Sequence[Tensor],
+    layers: Sequence[nn.Module],
+    prefix: TextPrefix | None,
 ) -> list[list[Tensor]]:
     """Per example of a batch and per layer the hidden states at its positions, from one teacher-forced pass."""
 
@@ -323,7 +341,8 @@ def _read_states(
         each = [e.rows(hidden_rows(hidden, e.row, e.batch_size)) for e in batch]
         return torch.cat([h[p.to(hidden.device)] for h, p in zip(each, positions, strict=True)])
 
-    hidden = run_layers(lambda: adapter.run(batch[0].inputs), layers, select)
+    with prefix.captured() if prefix is not None else nullcontext():
+        hidden = run_layers(lambda: adapter.run(batch[0].inputs), layers, select)
     split = [h.split([len(p) for p in positions]) for h in hidden]
     return [list(each) for each in zip(*split, strict=True)]
 
@@ -413,7 +432,8 @@ def _visual_states(
             group = [i for i in waiting if viewers[i] is viewer]
             shown = [passes[i][turn] for i in group]
             for rows, inputs in viewer.prepare_together(shown, [examples[i].prompt for i in group]):
-                for row, hidden in zip(rows, visual_states(viewer, inputs, layer), strict=True):
+                prefix = examples[group[rows[0]]].prefix if len(rows) == 1 else None
+                for row, hidden in zip(rows, visual_states(viewer, inputs, layer, prefix), strict=True):
                     states[group[row]].append(hidden)
     return {i: torch.cat(parts) for i, parts in states.items()}
 

@@ -14,8 +14,8 @@ from captum_intramodal import ModelAdapter, explain
 from captum_intramodal.coordinates import PixelMaps
 from captum_intramodal.enlarged import Enlarged
 from captum_intramodal.geometry import TokenGeometry, geometry_oracle
-from captum_intramodal.hooks import hidden_rows, interpolated_positions, position_tables, run_layers
-from captum_intramodal.levels import find_sights, input_x_gradient, visual_states
+from captum_intramodal.hooks import interpolated_positions, position_tables
+from captum_intramodal.levels import find_sights, input_x_gradient
 from captum_intramodal.reading import read_answer
 
 
@@ -236,36 +236,3 @@ def test_errors(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(projector, "forward", torch.no_grad()(projector.forward))
     with pytest.raises(ValueError, match="No gradient passes"):
         explain(*arguments)
-
-
-@pytest.mark.parametrize(
-    "model_type", ["qwen2_vl", "gemma3", "molmo2", "qwen2_5_omni_thinker", "idefics3", "paligemma"]
-)
-def test_visual_states_do_not_depend_on_what_is_left_out(model_type: str) -> None:
-    adapter = ModelAdapter(*build(model_type))
-    inputs = adapter.prepare([picture(160, 120)], "describe the picture . what is the red cat ?")
-    prefix = adapter.visual_prefix(inputs)
-    length, shorter = inputs["input_ids"].shape[1], prefix["input_ids"].shape[1]
-    # All tokens of a PaliGemma's prompt see each other.
-    assert shorter == length if model_type == "paligemma" else shorter <= length - 10
-    assert prefix["attention_mask"].shape[1] == shorter
-    layer = adapter.lens.layers[-1]
-    visual = adapter.visual_positions(inputs["input_ids"][0])
-    (whole,) = run_layers(lambda: adapter.run(inputs), [layer], lambda hidden: hidden_rows(hidden)[visual])
-    (states,) = visual_states(adapter, inputs, layer)
-    torch.testing.assert_close(states, whole, atol=1e-5 * float(whole.abs().max()), rtol=1e-4)
-
-
-def test_prefixes_of_a_batch_reach_the_last_visual_token_of_all() -> None:
-    adapter = ModelAdapter(*tiny("qwen2_vl"))
-    inputs = adapter.prepare_batch(
-        [[picture(160, 120)], [picture(96, 64)]], ["what is this ?", "describe the picture . what is it ?"]
-    )
-    layer = adapter.lens.layers[-1]
-    states = visual_states(adapter, inputs, layer)
-    for image, prompt, actual in (
-        (picture(160, 120), "what is this ?", states[0]),
-        (picture(96, 64), "describe the picture . what is it ?", states[1]),
-    ):
-        (expected,) = visual_states(adapter, adapter.prepare([image], prompt), layer)
-        torch.testing.assert_close(actual, expected, atol=1e-4, rtol=1e-3)
