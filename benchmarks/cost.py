@@ -806,6 +806,8 @@ def main(
     torch.set_num_threads(threads)
     torch_dtype = getattr(torch, dtype or ("float32" if device == "cpu" else "bfloat16"))
     shape = SEVEN_BILLION if seven_billion else Shape()
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
     report = Report()
     machine = torch.cuda.get_device_name() if device == "cuda" else f"{platform.machine()} CPU, {threads} thread(s)"
     report.add(
@@ -836,7 +838,6 @@ def main(
         report.add("## Growth of the part after the pass", "")
         growth(shape, torch_dtype, device, tam, report, out, runs)
     if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text("\n".join(report.lines), encoding="utf-8")
         out.with_suffix(".json").write_text(json.dumps(report.figures, indent=1) + "\n", encoding="utf-8")
 

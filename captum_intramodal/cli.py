@@ -216,7 +216,9 @@ def evaluate(
         for spec in measured:
             make_metric(spec)
         tag = None if tagger is None else _resolve(tagger)
-        steps = FRACTIONS if fractions is None else _parse_fractions(fractions)
+        steps = FRACTIONS
+        if fractions is not None:
+            steps = _numbers(fractions, "--fractions", "numbers separated by commas such as 0,0.02,0.05,0.1")
     process = _Process()
     if device == "auto" and process.device is not None:
         device = process.device
@@ -282,11 +284,11 @@ def _split(specs: list[str] | None) -> list[str]:
     return [spec for group in specs or () for spec in group.split()]
 
 
-def _parse_fractions(fractions: str) -> tuple[float, ...]:
+def _numbers(text: str, option: str, takes: str) -> tuple[float, ...]:
     try:
-        return tuple(float(part) for part in fractions.split(","))
+        return tuple(float(part) for part in text.split(","))
     except ValueError:
-        fail(f"--fractions takes numbers separated by commas such as 0,0.02,0.05,0.1; got {fractions!r}.")
+        fail(f"{option} takes {takes}; got {text!r}.")
 
 
 def _resolve(name: str) -> Any:
@@ -339,10 +341,7 @@ def _explain(
 def _parse_scales(scales: str) -> tuple[float, ...] | Literal["auto"]:
     if scales == "auto":
         return "auto"
-    try:
-        factors = tuple(float(part) for part in scales.split(","))
-    except ValueError:
-        fail(f"--scales takes auto, or numbers separated by commas such as 1,1.5,2; got {scales!r}.")
+    factors = _numbers(scales, "--scales", "auto, or numbers separated by commas such as 1,1.5,2")
     if any(not 0 < factor <= 16 for factor in factors) or len(set(factors)) < len(factors):
         fail(f"--scales must be different numbers above 0 and at most 16, got {scales!r}.")
     return factors

@@ -30,7 +30,7 @@ from captum_intramodal.decoder import decoder_layers
 from captum_intramodal.explain import suppress_together
 from captum_intramodal.hooks import evaluation_mode
 from captum_intramodal.levels import Method, TokenLevel, find_sights, resize_pictures
-from captum_intramodal.metrics.faithfulness import Imputation, PictureRemoval, check_imputation
+from captum_intramodal.metrics.faithfulness import Imputation, Imputer, check_imputation
 from captum_intramodal.msea import (
     AGGREGATIONS,
     CHANGED_DECISIONS,
@@ -877,7 +877,7 @@ class IntegratedGradientsMaps(_PixelMaps):
         n_steps (int, optional): Steps of the integral.
                     Default: 20
         baseline (str, optional): Where it begins: ``'black'``, the picture's ``'mean'`` colour, or the picture
-                    ``'blur'``\ red as in :class:`~captum_intramodal.metrics.PictureRemoval`.
+                    ``'blur'``\ red as in :class:`~captum_intramodal.metrics.Imputer`.
                     Default: ``'black'``
     """
 
@@ -952,11 +952,7 @@ def _check_baseline(baseline: str) -> None:
 def _baseline(picture: Image.Image, kind: Baseline) -> Tensor:
     if kind == "black":
         return torch.zeros(1, 3, picture.height, picture.width)
-    return picture_tensor(_removal(picture, kind).pictures(np.zeros((1, picture.height, picture.width), bool))[0])
-
-
-def _removal(picture: Image.Image, imputation: Imputation, seed: int = 0) -> PictureRemoval:
-    return PictureRemoval(len, picture, imputation, seed)  # type: ignore[arg-type]
+    return picture_tensor(Imputer(picture, kind).nothing_kept())
 
 
 # --- Upper and lower marks -------------------------------------------------------------------------------------------
@@ -1041,7 +1037,7 @@ class GreedySearch(_Explainer):
         steps (int, optional): Cells that are added.
                     Default: None, all
         imputation (str, optional): What stands in the place of removed cells, see
-                    :class:`~captum_intramodal.metrics.PictureRemoval`: ``'blur'``, ``'mean'`` or ``'noisy_linear'``.
+                    :class:`~captum_intramodal.metrics.Imputer`: ``'blur'``, ``'mean'`` or ``'noisy_linear'``.
                     Default: ``'blur'``
         batch_size (int, optional): Prompts that run together; changes no result.
                     Default: 16
@@ -1066,7 +1062,7 @@ class GreedySearch(_Explainer):
         self, adapter: ModelAdapter, pictures: list[Image.Image], prompt: Prompt, answer_ids: list[int]
     ) -> list[Tensor]:
         scorer = AnswerScorer(adapter, prompt, answer_ids, self.batch_size)
-        removals = [_removal(picture, self.imputation, self.seed) for picture in pictures]
+        imputers = [Imputer(picture, self.imputation, self.seed) for picture in pictures]
         grids = [_grid(picture, self.cells) for picture in pictures]
         counts = [rows * columns for rows, columns in grids]
 
@@ -1074,9 +1070,9 @@ class GreedySearch(_Explainer):
             results = []
             for part in kept.split(self.batch_size):  # So many pictures exist at a time.
                 shown = [
-                    removal.pictures(_stretched(cells.reshape(-1, *grid), picture.size))
-                    for removal, picture, cells, grid in zip(
-                        removals, pictures, part.split(counts, dim=1), grids, strict=True
+                    imputer(_stretched(cells.reshape(-1, *grid), picture.size))
+                    for imputer, picture, cells, grid in zip(
+                        imputers, pictures, part.split(counts, dim=1), grids, strict=True
                     )
                 ]
                 results.append(scorer.log_probability(list(zip(*shown, strict=True))).exp())

@@ -6,6 +6,7 @@ import torch
 from PIL import Image
 
 from captum_intramodal.metrics import (
+    Imputer,
     PictureRemoval,
     TokenRemoval,
     aopc,
@@ -149,10 +150,12 @@ def test_a_picture_is_scored_with_its_removed_pixels_imputed() -> None:
 def test_every_imputation_keeps_what_is_kept(imputation: str) -> None:
     original = picture()
     kept = np.random.default_rng(0).random((2, 24, 32)) < 0.5
-    removal = PictureRemoval(len, original, imputation)  # type: ignore[arg-type]
-    for mask, shown in zip(kept, removal.pictures(kept), strict=True):
+    imputer = Imputer(original, imputation)  # type: ignore[arg-type]
+    for mask, shown in zip(kept, imputer(kept), strict=True):
         np.testing.assert_array_equal(np.asarray(shown)[mask], np.asarray(original)[mask])
         assert (np.asarray(shown)[~mask] != np.asarray(original)[~mask]).any()
+    (blank,) = imputer(np.zeros((1, 24, 32), bool))
+    assert imputer.nothing_kept() == blank
 
 
 def test_a_wrong_imputation_is_refused() -> None:

@@ -25,6 +25,7 @@ from captum_intramodal.metrics import (
     FUNCTION_WORD,
     OTHER_NOUN,
     OTHER_WORD,
+    Imputer,
     PictureRemoval,
     TokenRemoval,
     aopc,
@@ -41,7 +42,7 @@ from captum_intramodal.metrics import (
     road,
     tam_scores,
 )
-from captum_intramodal.metrics.faithfulness import Imputation, check_imputation
+from captum_intramodal.metrics.faithfulness import Imputation, check_imputation, importance_at_pixels
 from captum_intramodal.pixels import PixelForward, picture_tensor
 from captum_intramodal.specs import build, parse_spec, settings_of
 
@@ -380,8 +381,7 @@ class Infidelity(Metric):
 
     def measure(self, case: Case, explainer: Explainer, maps: Tensor, found: Measured) -> None:
         picture = case.sample.image
-        removal = PictureRemoval(len, picture, "blur")  # type: ignore[arg-type]
-        blurred = picture_tensor(removal.pictures(np.zeros((1, picture.height, picture.width), bool))[0])
+        blurred = picture_tensor(Imputer(picture, "blur").nothing_kept())
         forward = PixelForward(case.adapter, case.sample.prompt, case.answer_ids, "token_log_probs")
         side = max(1, min(picture.size) // 3)
 
@@ -395,7 +395,7 @@ class Infidelity(Metric):
 
         for index, word in case.objects.items():
             tokens = list(word.tokens)
-            map = torch.from_numpy(removal.importance(_mean_map(maps, tokens))).float()
+            map = torch.from_numpy(importance_at_pixels(_mean_map(maps, tokens), picture.size)).float()
             value = infidelity(
                 lambda pixels, tokens=tokens: forward(pixels)[:, tokens].sum(1),
                 blur_squares,

@@ -2,6 +2,7 @@
 
 from captum_intramodal.metrics.faithfulness import (
     FRACTIONS,
+    Imputer,
     PictureRemoval,
     TokenRemoval,
     aopc,
@@ -36,6 +37,7 @@ __all__ = [
     "FUNCTION_WORD",
     "OTHER_NOUN",
     "OTHER_WORD",
+    "Imputer",
     "Interval",
     "PictureRemoval",
     "RandomizationStep",

@@ -24,11 +24,14 @@ from captum_intramodal.scoring import AnswerScorer, Pictures
 __all__ = [
     "FRACTIONS",
     "Imputation",
+    "Imputer",
     "PictureRemoval",
     "TokenRemoval",
     "aopc",
     "area_under_curve",
+    "check_imputation",
     "deletion_curve",
+    "importance_at_pixels",
     "insertion_curve",
     "noisy_linear_imputation",
     "road",
@@ -205,6 +208,62 @@ def check_imputation(imputation: str) -> None:
         raise ValueError(f"imputation must be one of {', '.join(IMPUTATIONS)}; got {imputation!r}.")
 
 
+class Imputer:
+    r"""
+    Something else in the place of removed pixels.
+
+    Args:
+
+        picture (PIL.Image.Image): The original.
+        imputation (str or PIL.Image.Image, optional): What stands in the place of removed pixels. ``'blur'``: the
+                    picture blurred with a standard deviation of a tenth of its shorter side (RISE's choice for
+                    insertion). ``'mean'``: its mean colour. ``'noisy_linear'``: :func:`noisy_linear_imputation` of the
+                    kept pixels. Or a picture of the same size.
+                    Default: ``'blur'``
+        seed (int, optional): Of the noise.
+                    Default: 0
+
+    Raises:
+        ValueError: an unknown imputation, or a picture of another size.
+
+    Examples::
+
+        >>> (half,) = Imputer(picture, "mean")(np.arange(picture.width) < np.full((1, picture.height, 1), 100))
+    """
+
+    def __init__(self, picture: Image.Image, imputation: Imputation | Image.Image = "blur", seed: int = 0) -> None:
+        picture = picture.convert("RGB")
+        self.seed = seed
+        self._pixels = np.asarray(picture)
+        if isinstance(imputation, Image.Image):
+            if imputation.size != picture.size:
+                raise ValueError(f"imputation has size {imputation.size}, the picture {picture.size}.")
+            self._fill: npt.NDArray[np.uint8] | None = np.asarray(imputation.convert("RGB"))
+        elif imputation == "blur":
+            self._fill = np.asarray(picture.filter(ImageFilter.GaussianBlur(min(picture.size) / 10)))
+        elif imputation == "mean":
+            mean = np.rint(self._pixels.mean((0, 1))).astype(np.uint8)
+            self._fill = np.broadcast_to(mean, self._pixels.shape)
+        elif imputation == "noisy_linear":
+            self._fill = None
+        else:
+            raise ValueError(f"imputation must be a picture or one of {', '.join(IMPUTATIONS)}; got {imputation!r}.")
+
+    def __call__(self, kept: Masks) -> list[Image.Image]:
+        """The picture with the pixels outside each mask, bool (N, height, width), imputed."""
+        if kept.ndim != 3 or kept.shape[1:] != self._pixels.shape[:2]:
+            raise ValueError(f"Masks of shape {kept.shape} for pictures of {self._pixels.shape[:2]}.")
+        if self._fill is None:
+            imputed = noisy_linear_imputation(self._pixels, kept, seed=self.seed)
+        else:
+            imputed = np.where(kept[..., None], self._pixels, self._fill)
+        return [Image.fromarray(pixels) for pixels in imputed]
+
+    def nothing_kept(self) -> Image.Image:
+        """The picture with all pixels imputed."""
+        return self(np.zeros((1, *self._pixels.shape[:2]), bool))[0]
+
+
 class PictureRemoval:
     r"""
     Score of a picture of which some pixels are removed: from masks of the kept pixels to scores, as the curves need it.
@@ -215,10 +274,8 @@ class PictureRemoval:
                     ``lambda pictures: scorer.of_pictures(pictures)[:, token].exp()`` with an
                     :class:`~captum_intramodal.scoring.AnswerScorer`.
         picture (PIL.Image.Image): The original, RGB.
-        imputation (str or PIL.Image.Image, optional): What stands in the place of removed pixels. ``'blur'``: the
-                    picture blurred with a standard deviation of a tenth of its shorter side (RISE's choice for
-                    insertion). ``'mean'``: its mean colour. ``'noisy_linear'``: :func:`noisy_linear_imputation` of the
-                    kept pixels. Or a picture of the same size.
+        imputation (str or PIL.Image.Image, optional): What stands in the place of removed pixels, as :class:`Imputer`
+                    takes it.
                     Default: ``'blur'``
         seed (int, optional): Of the noise.
                     Default: 0
@@ -242,43 +299,24 @@ class PictureRemoval:
     ) -> None:
         self.score = score
         self.picture = picture.convert("RGB")
-        self.seed = seed
-        self._pixels = np.asarray(self.picture)
-        if isinstance(imputation, Image.Image):
-            if imputation.size != picture.size:
-                raise ValueError(f"imputation has size {imputation.size}, the picture {picture.size}.")
-            self._fill: npt.NDArray[np.uint8] | None = np.asarray(imputation.convert("RGB"))
-        elif imputation == "blur":
-            self._fill = np.asarray(self.picture.filter(ImageFilter.GaussianBlur(min(picture.size) / 10)))
-        elif imputation == "mean":
-            mean = np.rint(self._pixels.mean((0, 1))).astype(np.uint8)
-            self._fill = np.broadcast_to(mean, self._pixels.shape)
-        elif imputation == "noisy_linear":
-            self._fill = None
-        else:
-            raise ValueError(f"imputation must be a picture or one of {', '.join(IMPUTATIONS)}; got {imputation!r}.")
+        self.pictures = Imputer(self.picture, imputation, seed)
 
     def importance(self, map: Array) -> Floats:
         """A map (rows, columns) of any grid, bilinearly at the picture's pixels: float64 (height, width)."""
-        values = torch.from_numpy(finite(map, "map").copy())
-        if values.ndim != 2:
-            raise ValueError(f"map must be (rows, columns), got shape {tuple(values.shape)}.")
-        size = self._pixels.shape[:2]
-        resized: Floats = interpolate(values[None, None], size, mode="bilinear", align_corners=False)[0, 0].numpy()
-        return resized
-
-    def pictures(self, kept: Masks) -> list[Image.Image]:
-        """The picture with the pixels outside each mask, bool (N, height, width), imputed."""
-        if kept.ndim != 3 or kept.shape[1:] != self._pixels.shape[:2]:
-            raise ValueError(f"Masks of shape {kept.shape} for pictures of {self._pixels.shape[:2]}.")
-        if self._fill is None:
-            imputed = noisy_linear_imputation(self._pixels, kept, seed=self.seed)
-        else:
-            imputed = np.where(kept[..., None], self._pixels, self._fill)
-        return [Image.fromarray(pixels) for pixels in imputed]
+        return importance_at_pixels(map, self.picture.size)
 
     def __call__(self, kept: Masks) -> Array:
         return self.score(self.pictures(kept))
+
+
+def importance_at_pixels(map: Array, size: tuple[int, int]) -> Floats:
+    """A map (rows, columns) of any grid, bilinearly at the pixels of a picture of this size (width, height): float64
+    (height, width)."""
+    values = torch.from_numpy(finite(map, "map").copy())
+    if values.ndim != 2:
+        raise ValueError(f"map must be (rows, columns), got shape {tuple(values.shape)}.")
+    resized: Floats = interpolate(values[None, None], size[::-1], mode="bilinear", align_corners=False)[0, 0].numpy()
+    return resized
 
 
 class TokenRemoval:
