@@ -29,6 +29,8 @@ T = TypeVar("T")
 
 # Hidden states that one pass of a tail replay takes, at (positions x vocabulary) floats of memory.
 _REPLAYED = 32
+# Neighbours among a row of logits whose largest is looked at first.
+_PART = 128
 
 
 class Rankings(NamedTuple):
@@ -440,11 +442,28 @@ def _rank_keys(logits: Tensor, start: int, ids: Tensor | None = None) -> Tensor:
 def _top_keys(logits: Tensor, start: int, k: int) -> Tensor:
     """The k largest of :func:`_rank_keys`, in any order."""
     if k < logits.shape[1]:
-        values, ids = logits.topk(k + 1, dim=1)
+        values, ids = _largest(logits, k + 1)
         # Of several that are as likely as the last of them, those with the smallest ids would count.
         if not bool((values[:, k] == values[:, k - 1]).any()):
             return _rank_keys(values[:, :k], start, ids[:, :k])
     return _rank_keys(logits, start)
+
+
+def _largest(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """``logits.topk(count)``; of long rows from those parts alone whose own largest values are the largest."""
+    parts = logits.shape[1] // _PART
+    if parts < 4 * count:
+        return tuple(logits.topk(count, dim=1))
+    split = logits[:, : parts * _PART].unflatten(1, (parts, _PART))
+    best = split.amax(2).topk(count, dim=1).indices[:, :, None]
+    candidates = split.gather(1, best.expand(-1, -1, _PART)).flatten(1)
+    ids = (best * _PART + torch.arange(_PART, device=best.device)).flatten(1)
+    if rest := logits.shape[1] - parts * _PART:
+        candidates = torch.cat([candidates, logits[:, -rest:]], dim=1)
+        last = torch.arange(logits.shape[1] - rest, logits.shape[1], device=ids.device)
+        ids = torch.cat([ids, last.expand(len(ids), -1)], dim=1)
+    values, places = candidates.topk(count, dim=1)
+    return values, ids.gather(1, places)
 
 
 def _rank_all(logits: Tensor, k: int) -> Rankings:

@@ -241,6 +241,20 @@ def test_ties_at_the_end_of_a_ranking_go_to_the_smaller_id(model: Any) -> None:
         assert lens.topk(hidden, 7, block).tolist() == [[1, 2, 3, 4, 0, 5, 6], [0, 4, 3, 2, 1, 5, 6]]
 
 
+@pytest.mark.parametrize("values", [5, 200, None])
+@pytest.mark.parametrize("length", [128 * 24, 128 * 24 + 1, 5000])
+def test_rankings_of_long_rows(model: Any, length: int, values: int | None) -> None:
+    """By way of their parts; of few different values, most are ties."""
+    generator = torch.Generator().manual_seed(length)
+    logits = torch.randn(3, length, generator=generator)
+    if values is not None:
+        logits = torch.randint(values, (3, length), generator=generator).float()
+    logits[0, -1] = logits[1, 128] = 1e3
+    ranked = LogitLens(model).rank_logits(logits, 5)
+    assert torch.equal(ranked.ids, logits.argsort(dim=1, descending=True, stable=True)[:, :5])
+    torch.testing.assert_close(ranked.log_normalizer, logits.logsumexp(1))
+
+
 def test_activation_of_some_states_at_a_time(model: Any) -> None:
     lens, small = LogitLens(model), LogitLens(model, working_memory=4000)
     hidden, tokens = torch.randn(2, 9, lens.hidden_size), torch.tensor([3, 1, 5])
