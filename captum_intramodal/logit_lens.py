@@ -453,7 +453,8 @@ def _largest(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """``logits.topk(count)``; of long rows from those parts alone whose own largest values are the largest."""
     parts = logits.shape[1] // _PART
     if parts < 4 * count:
-        return tuple(logits.topk(count, dim=1))
+        values, ids = logits.topk(count, dim=1)
+        return values, ids
     split = logits[:, : parts * _PART].unflatten(1, (parts, _PART))
     best = split.amax(2).topk(count, dim=1).indices[:, :, None]
     candidates = split.gather(1, best.expand(-1, -1, _PART)).flatten(1)
