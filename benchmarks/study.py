@@ -1,7 +1,7 @@
 r"""Which of MSEA and ARC improves which metric by how much: the runs of the study, and its report.
 
     python benchmarks/study.py demo hard demo_many hard_many wide --out RUNS            # the demo model
-    python benchmarks/study.py llava llava_places --out RUNS --llava CHECKPOINT --sprites SPRITES
+    python benchmarks/study.py llava llava_many llava_places --out RUNS --llava CHECKPOINT --sprites SPRITES
     python benchmarks/study.py demo hard ... --out RUNS ... --report benchmarks/results/study.md
 
 ``CHECKPOINT`` and ``SPRITES`` are what ``benchmarks/train_llava.py`` makes. Each run is an evaluation
@@ -76,6 +76,13 @@ RUNS = {
         "LLaVA of pretrained parts (DINOv2, SmolLM2), 112 pixels",
         "scenes:count=12,objects=[1,3],size=[112,112]",
         f"msea+arc:{LARGER} logit_lens msea:{LARGER} arc tam tam:filter=false random",
+        llava=True,
+    ),
+    "llava_many": Run(
+        "The same, more scenes and fewer explainers",
+        "scenes:count=60,seed=2400000,objects=[1,3],size=[112,112]",
+        f"msea+arc:{LARGER} tam tam:filter=false logit_lens arc arc:weighting=uniform",
+        "f1_iou insertion deletion road",
         llava=True,
     ),
     "llava_places": Run(

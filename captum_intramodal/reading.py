@@ -312,7 +312,7 @@ def _with_answers(
             torch.cat([_read_positions(p, text_positions(adapter, p)), torch.tensor([p.prompt_length - 1])]).unique()
             for p in prompts
         ]
-        with prefix.captured() if prefix is not None else nullcontext():
+        with nullcontext() if prefix is None else prefix.captured(generating=True):
             generated, states, rankings = adapter.generate_with_states(inputs, max_new_tokens, layers, kept, ranking_k)
         if states is not None and not any(given):
             said = _Said(states, rankings, kept)
@@ -341,7 +341,7 @@ def _read_states(
         each = [e.rows(hidden_rows(hidden, e.row, e.batch_size)) for e in batch]
         return torch.cat([h[p.to(hidden.device)] for h, p in zip(each, positions, strict=True)])
 
-    with prefix.captured() if prefix is not None else nullcontext():
+    with nullcontext() if prefix is None else prefix.captured():
         hidden = run_layers(lambda: adapter.run(batch[0].inputs), layers, select)
     split = [h.split([len(p) for p in positions]) for h in hidden]
     return [list(each) for each in zip(*split, strict=True)]

@@ -75,16 +75,18 @@ class TextPrefix:
         return len(self._states) == self._depth and len(ids) == 1 and torch.equal(ids[0, :count], self.ids)
 
     @contextmanager
-    def captured(self) -> Iterator[None]:
-        """Takes the keys and values from the pass, or the generation, that the body of the ``with`` statement runs."""
+    def captured(self, generating: bool = False) -> Iterator[None]:
+        """Takes the keys and values from the pass that the body of the ``with`` statement runs, or from the cache of
+        the generation there: a model that generates without one gets none."""
         cache: Cache | None = None
 
         def give(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
             nonlocal cache
             cache = kwargs.get("past_key_values")
-            if cache is None:
+            if cache is None and not generating:
                 cache = Cache(layer_class_to_replicate=partial(_FirstTokens, len(self.ids)))
-            return args, kwargs | {"past_key_values": cache}
+                kwargs = kwargs | {"past_key_values": cache}
+            return args, kwargs
 
         with _before(self._decoder, give):
             yield
@@ -174,8 +176,9 @@ def visual_states(
     positions = [
         start + adapter.visual_positions(ids[start:]) for start, ids in zip(starts, inputs["input_ids"], strict=True)
     ]
-    known = prefix is not None and prefix.leads(inputs)
-    skipped = len(prefix.ids) if prefix is not None and known else 0
+    if prefix is not None and not prefix.leads(inputs):
+        prefix = None
+    skipped = 0 if prefix is None else len(prefix.ids)
 
     def select(hidden: Tensor) -> Tensor:
         each = [
@@ -184,7 +187,7 @@ def visual_states(
         return torch.cat(each)
 
     seen = adapter.visual_prefix(inputs)
-    with prefix.shared() if prefix is not None and known else nullcontext():
+    with nullcontext() if prefix is None else prefix.shared():
         (hidden,) = run_layers(lambda: adapter.run(seen), [layer], select)
     return list(hidden.split([len(p) for p in positions]))
 

@@ -120,6 +120,17 @@ def test_scales_share_a_long_text_before_the_picture(answer: str | None, monkeyp
     torch.testing.assert_close(together.relevance, apart.relevance, atol=1e-5, rtol=1e-4)
 
 
+def test_a_model_that_generates_without_a_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, processor = tiny("qwen2_vl")
+    options = dict(scales=(1.0, 1.5), max_new_tokens=4)
+    expected = explain(model, processor, picture(), behind_text(), **options)
+    monkeypatch.setattr(visual_pass, "MIN_TOKENS", 30)
+    model.generation_config.use_cache = False
+    result = explain(model, processor, picture(), behind_text(), **options)
+    assert result.answer == expected.answer
+    torch.testing.assert_close(result.maps[0], expected.maps[0], atol=1e-5, rtol=1e-4)
+
+
 def test_a_short_prefix_is_read_again() -> None:
     adapter = ModelAdapter(*tiny("qwen2_vl"))
     assert TextPrefix.of(adapter, adapter.prepare([picture()], behind_text())) is None
