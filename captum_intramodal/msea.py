@@ -18,7 +18,7 @@ from captum_intramodal.pyramid import Pyramid, Resize, layer_arguments
 
 __all__ = ["DEFAULT_SCALES", "MSEA", "MultiScaleExplanationAggregation", "aggregate"]
 
-# What the first benchmark picks (benchmarks/localisation.py --sweep).
+# What the benchmark picks (benchmarks/sensitivity.py).
 DEFAULT_SCALES: tuple[float, ...] = (1.0, 1.5, 2.0)
 
 Aggregation = Literal["mean", "max", "geometric_mean"]
