@@ -115,8 +115,7 @@ def explain(
                     cells (at most 160 x 160 for each picture), and hidden states of D numbers of b bytes, read at L
                     layers; and, where at least 256 tokens stand before the first picture, which the passes at other
                     scales then need not read again, the keys and values of these at all layers. The size of the
-                    vocabulary has no part in it. Where memory runs out earlier, the parts are
-                    halved, with a warning.
+                    vocabulary has no part in it. Where memory runs out earlier, the parts are halved, with a warning.
                     Default: 16 MiB
         progress (Callable, optional): Called with a line of text before each step.
                     Default: None
