@@ -65,8 +65,8 @@ READ_APART = {*BY_GRADIENTS, *BY_PIXELS - {"aria", "deepseek_ocr2", "idefics2"}}
     *("minicpmv4_7", "mistral_large4", "nemotron_h_omni", "qwen3_5", "qwen3_5_moe", "qwen4_exp"),
     *("gemma3n", "gemma4", "molmo2", "paligemma", "llama4", "chameleon", "fuyu"),
 }
-# Their vocabulary is read once more when they have answered: a tail that is replayed, a head that reads scaled states, or
-# an answer that is not read token by token.
+# Their vocabulary is read again when they have answered: a tail that is replayed, a head that reads scaled states, an
+# answer that is not read token by token.
 RANKED_AFTERWARDS = {
     *("blip", "blip-2", "chameleon", "diffusion_gemma", "gemma3n", "glm5_next", "inkling2", "inkling_mm_model"),
     *("kosmos-2", "kosmos-2.5", "mistral_large4", "nemotron_h_omni", "qwen4_exp", "vision-encoder-decoder"),
