@@ -713,11 +713,8 @@ class AttentionXGradient(_AttentionMaps):
             # A leaf itself must not be changed in place.
             return output.detach().requires_grad_().clone()
 
-        handle = adapter.model.get_input_embeddings().register_forward_hook(follow)
-        try:
+        with adapter.model.get_input_embeddings().register_forward_hook(follow):
             return adapter.run(encoding.inputs | {"output_attentions": True})
-        finally:
-            handle.remove()
 
     def rows(self, encoding: Encoding, logits: Tensor, attentions: list[Tensor]) -> Tensor:
         logits = encoding.rows(logits)[_predicting(encoding)]

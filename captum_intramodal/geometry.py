@@ -22,7 +22,7 @@ import math
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from math import prod
@@ -271,13 +271,11 @@ def _layer0_input(model: PreTrainedModel, inputs: Mapping[str, Any]) -> Tensor:
         captured.append(_hidden_argument(args, kwargs))
         raise _LayerReached
 
-    handle = decoder_layers(model)[0].register_forward_pre_hook(stop, with_kwargs=True)
-    try:
+    with (
+        suppress(_LayerReached),
+        decoder_layers(model)[0].register_forward_pre_hook(stop, with_kwargs=True),
+    ):
         _run(model, inputs)
-    except _LayerReached:
-        pass
-    finally:
-        handle.remove()
     if not captured:
         raise TypeError(f"The forward pass of {type(model).__name__} never reached its first decoder layer.")
     return hidden_rows(captured[0])

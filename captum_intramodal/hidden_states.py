@@ -135,10 +135,8 @@ class HiddenStates(nn.Module):
             if self.at_input
             else module.register_forward_hook(after)
         )
-        try:
+        with handle:
             return self.forward_func(*args)
-        finally:
-            handle.remove()
 
 
 class _Reached(Exception):

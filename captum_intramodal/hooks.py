@@ -255,11 +255,8 @@ def replaced_embeddings(embeddings: nn.Module, ids: Tensor, positions: Tensor, r
             output = output.index_copy(1, positions.to(output.device), rows[None].to(output))
         return output
 
-    handle = embeddings.register_forward_hook(hook, with_kwargs=True)
-    try:
+    with embeddings.register_forward_hook(hook, with_kwargs=True):
         yield
-    finally:
-        handle.remove()
     if not replaced:
         raise ValueError(
             f"The model never looked up the {len(ids)} tokens of the prompt in its {type(embeddings).__name__}, so "

@@ -350,11 +350,8 @@ class StepRankings:
     @contextmanager
     def recorded(self) -> Iterator[None]:
         """Collects the rankings while the body of the ``with`` statement generates."""
-        handle = cast(nn.Module, self.lens.head).register_forward_hook(self._record)
-        try:
+        with cast(nn.Module, self.lens.head).register_forward_hook(self._record):
             yield
-        finally:
-            handle.remove()
 
     @torch.no_grad()
     def _record(self, head: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
@@ -420,11 +417,8 @@ class _TailReplay:
         def put(module: nn.Module, args: Any, output: Any) -> Any:
             return replace_first_tensor(output, put_rows(first_tensor(output), hidden))
 
-        handle = self.layer.register_forward_hook(put)
-        try:
+        with self.layer.register_forward_hook(put):
             logits: Tensor = self.model(**self.inputs).logits[0]
-        finally:
-            handle.remove()
         return logits[len(logits) - len(hidden) :].float()
 
 

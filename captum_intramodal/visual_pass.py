@@ -88,7 +88,7 @@ class TextPrefix:
                 kwargs = kwargs | {"past_key_values": cache}
             return args, kwargs
 
-        with _before(self._decoder, give):
+        with self._decoder.register_forward_pre_hook(give, with_kwargs=True):
             yield
         whole = 0 if cache is None else cache.get_seq_length()
         pairs = [
@@ -115,7 +115,7 @@ class TextPrefix:
                 "past_key_values": cache
             }
 
-        with _before(self._decoder, skip):
+        with self._decoder.register_forward_pre_hook(skip, with_kwargs=True):
             yield
 
 
@@ -129,15 +129,6 @@ class _FirstTokens(DynamicLayer):
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         super().update(key_states[..., : self.count, :], value_states[..., : self.count, :])
         return key_states, value_states
-
-
-@contextmanager
-def _before(module: nn.Module, hook: Any) -> Iterator[None]:
-    handle = module.register_forward_pre_hook(hook, with_kwargs=True)
-    try:
-        yield
-    finally:
-        handle.remove()
 
 
 def _behind(name: str, value: Any, count: int) -> Any:
