@@ -378,9 +378,13 @@ class ActivationRankingCorrelation(WrapperAttribution):
         Returns:
             ContextRelevance: of the T tokens.
         """
-        count = len(tokens)
-        part = slice(None, count) if self.ranking_position == "token" else slice(count, None)
-        return self.relate([self.lens.topk(hidden[part], self.k) for hidden in states], last, tokens)
+        rankings = [self.lens.topk(self.ranked_states(hidden), self.k) for hidden in states]
+        return self.relate(rankings, last, tokens)
+
+    def ranked_states(self, hidden: Tensor) -> Tensor:
+        """Those (T, D) of the states (2T, D) that :meth:`compare` takes whose predictions are ranked."""
+        at_tokens, before = hidden.chunk(2)
+        return at_tokens if self.ranking_position == "token" else before
 
     def relate(self, rankings: Sequence[Tensor], last: Tensor, tokens: Tensor) -> ContextRelevance:
         r"""

@@ -377,13 +377,12 @@ def relate(ranking: ARC, reading: Reading) -> tuple[ContextRelevance, Tensor]:
     """Relevance of context, and the probabilities of the answer's tokens. Both take the whole vocabulary, which is read
     once for both where they take the same layer, and not again for what was ranked while the answer was generated."""
     lens, ids, last, known = ranking.lens, reading.text.ids, reading.last, reading.answer_rankings
-    count, n = len(ids), reading.n_answer
+    n = reading.n_answer
     said = last[-n:]  # At the position before each token of the answer: the first one's, and the other tokens'.
     at_token = ranking.ranking_position == "token"
     rankings, normalizer = [], None if known is None else known.log_normalizer[:-1]
     for layer, module in zip(ranking.layers, ranking.modules, strict=True):
-        states = reading.ranking_states[layer]
-        states = states[:count] if at_token else states[count:]
+        states = ranking.ranked_states(reading.ranking_states[layer])
         if module is not lens.layers[-1]:
             rankings.append(lens.topk(states, ranking.k))
         elif known is not None:
@@ -394,7 +393,9 @@ def relate(ranking: ARC, reading: Reading) -> tuple[ContextRelevance, Tensor]:
             rankings.append(ranked[1:])
             normalizer = torch.cat([sums[:1], sums[-n:-1]])
         else:
-            rankings.append(lens.topk(states, ranking.k))
+            ranked, sums = lens.rank(states, ranking.k)
+            rankings.append(ranked)
+            normalizer = sums[-n:]
     log_probability = lens.log_probability(said, ids[-n:].to(said.device), log_normalizer=normalizer)
     return ranking.relate(rankings, last, ids), log_probability.exp().cpu()
 

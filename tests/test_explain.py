@@ -469,11 +469,18 @@ def test_little_working_memory_changes_nothing(qwen: tuple[Any, Any]) -> None:
 
 @pytest.mark.parametrize("position", ["token", "prediction"])
 @pytest.mark.parametrize("layers", [(-1,), (0,), (0, -1)])
-def test_rankings_and_probabilities_from_one_sweep(qwen: tuple[Any, Any], position: str, layers: Any) -> None:
+def test_rankings_and_probabilities_from_one_sweep(
+    qwen: tuple[Any, Any], position: str, layers: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     adapter = ModelAdapter(*qwen)
     reading = read_answer(adapter, [picture()], "what is this", "a red dog", (1.0,), ranking_layers=layers)
     arc = ARC(model=adapter.lens, layers=layers, ranking_position=position, k=5)
+    sweeps: list[int] = []
+    rank = adapter.lens.rank
+    monkeypatch.setattr(adapter.lens, "rank", lambda hidden, *args: sweeps.append(len(hidden)) or rank(hidden, *args))
     context, probabilities = relate(arc, reading)
+    # One per layer, and one for the probabilities if the last is not among them.
+    assert len(sweeps) == len({-1, *layers})
     expected = arc.compare(list(reading.ranking_states.values()), reading.last, reading.text.ids)
     torch.testing.assert_close(context.relevance, expected.relevance)
     torch.testing.assert_close(context.text_activation, expected.text_activation)
