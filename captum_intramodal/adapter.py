@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from captum_intramodal.chunks import WORKING_MEMORY
-from captum_intramodal.coordinates import PixelMaps
+from captum_intramodal.coordinates import PixelMaps, Size
 from captum_intramodal.decoder import input_device
 from captum_intramodal.geometry import (
     TokenGeometry,
@@ -31,7 +31,7 @@ from captum_intramodal.geometry import (
 from captum_intramodal.hooks import StepStates, evaluation_mode
 from captum_intramodal.logit_lens import LogitLens, StepRankings
 
-__all__ = ["Encoding", "ModelAdapter", "check_images", "logits_gap", "noise_picture", "stack_inputs"]
+__all__ = ["Encoding", "ModelAdapter", "check_images", "logits_gap", "stack_inputs"]
 
 # Model types whose processor takes a prompt as a list of texts and pictures in their order.
 INTERLEAVED = ("idefics",)
@@ -134,7 +134,7 @@ class ModelAdapter:
             return LogitLens(self.model, working_memory=self.working_memory)
         except (ValueError, TypeError, RuntimeError, IndexError, KeyError, AttributeError):
             # Not every model runs on text alone. All-black pictures are dropped by some.
-            inputs = self.prepare([noise_picture((64, 64))], "describe")
+            inputs = self.prepare([_noise_picture((64, 64))], "describe")
             ids = [i for i in range(len(self.tokenizer)) if i not in set(self.tokenizer.all_special_ids)]
             return LogitLens(self.model, self._cast(self.encode(inputs, ids[:8]).inputs), self.working_memory)
 
@@ -143,10 +143,8 @@ class ModelAdapter:
         """Whether the model says the same of the examples of a left-padded batch as of each alone: tried with two."""
         if self.is_encoder_decoder:
             return False
-        frames = 2 if self.video else 1
-        images = [[noise_picture(size)] * frames for size in ((96, 64), (200, 136))]
+        images = [self.trial_pictures(size) for size in ((96, 64), (200, 136))]
         prompts = ["describe", "describe describe describe"]
-        tolerance = 1e-3 if self.model.dtype in (torch.float32, torch.float64) else 5e-2
         try:
             with evaluation_mode(self.model):
                 together = self._try_batch(images, prompts)
@@ -155,15 +153,14 @@ class ModelAdapter:
             return False
         return all(
             torch.equal(ids, expected_ids)
-            and all(logits_gap(*pair) <= tolerance for pair in zip(logits, expected, strict=False))
+            and all(logits_gap(*pair) <= self.tolerance for pair in zip(logits, expected, strict=False))
             for (ids, logits), (expected_ids, expected) in zip(together, alone, strict=True)
         )
 
     @cached_property
     def stacks(self) -> bool:
         """Whether inputs of single prompts, stacked by :func:`stack_inputs`, are read as each alone: tried with two."""
-        pictures = [[noise_picture((96, 64), seed)] * (2 if self.video else 1) for seed in (0, 1)]
-        tolerance = 1e-3 if self.model.dtype in (torch.float32, torch.float64) else 5e-2
+        pictures = [self.trial_pictures((96, 64), seed) for seed in (0, 1)]
         try:
             with evaluation_mode(self.model):
                 answer = self.tokenize_answer("describe")
@@ -175,7 +172,16 @@ class ModelAdapter:
                 ]
         except Exception:  # Whatever a model raises that was not made for batches.
             return False
-        return max(gaps) <= tolerance
+        return max(gaps) <= self.tolerance
+
+    @property
+    def tolerance(self) -> float:
+        """Largest :func:`logits_gap` between two ways of running the model that say the same."""
+        return 1e-3 if self.model.dtype in (torch.float32, torch.float64) else 5e-2
+
+    def trial_pictures(self, size: Size, seed: int = 0) -> list[Image.Image]:
+        """Noise, as a prompt's picture or as the frames of its video, to try on the model what it can do."""
+        return [_noise_picture(size, seed)] * (2 if self.video else 1)
 
     def _try_batch(self, images: Sequence[Any], prompts: Sequence[str]) -> list[tuple[Tensor, list[Tensor]]]:
         """Per example its ids, and the logits of an answer (the prompt's words) and of two generated tokens."""
@@ -613,7 +619,7 @@ def check_images(images: Any) -> list[Image.Image]:
 
 
 def logits_gap(actual: Tensor, expected: Tensor) -> float:
-    """Mean absolute difference of logits in standard deviations; some models pad or mask the vocabulary."""
+    """Mean absolute difference of logits or states in standard deviations; some models pad or mask the vocabulary."""
     width = min(actual.shape[-1], expected.shape[-1])
     actual, expected = actual[..., :width].float().cpu(), expected[..., :width].float().cpu()
     seen = expected.isfinite() & (expected > torch.finfo(torch.float32).min / 4)
@@ -635,7 +641,7 @@ def stack_inputs(examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     }
 
 
-def noise_picture(size: tuple[int, int], seed: int = 0) -> Image.Image:
+def _noise_picture(size: Size, seed: int = 0) -> Image.Image:
     """All-black pictures are dropped by some processors."""
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), np.uint8))
 

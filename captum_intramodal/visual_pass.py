@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
-from captum_intramodal.adapter import ModelAdapter, noise_picture
+from captum_intramodal.adapter import ModelAdapter, logits_gap
 from captum_intramodal.decoder import decoder_layers
 from captum_intramodal.hooks import evaluation_mode, hidden_rows, run_layers
 
@@ -56,7 +56,8 @@ class TextPrefix:
 
     def __init__(self, adapter: ModelAdapter, inputs: Mapping[str, Any]) -> None:
         ids = inputs["input_ids"][0]
-        self.ids: Tensor = ids[: int(adapter.visual_positions(ids).min())]
+        positions = adapter.visual_positions(ids)
+        self.ids: Tensor = ids[: int(positions.min()) if len(positions) else 0]
         self._decoder: nn.Module = adapter.model.get_decoder()
         self._depth = len(decoder_layers(adapter.model))
         self._states: list[tuple[Tensor, Tensor]] = []
@@ -65,12 +66,13 @@ class TextPrefix:
     def of(cls, adapter: ModelAdapter, inputs: Mapping[str, Any]) -> TextPrefix | None:
         """The prefix of a prompt, if the model can share it and that is worth it."""
         ids = inputs.get("input_ids")
-        if ids is None or len(ids) > 1 or not len(positions := adapter.visual_positions(ids[0])):
+        if ids is None or len(ids) > 1:
             return None
-        return cls(adapter, inputs) if int(positions.min()) >= MIN_TOKENS and shares_prefix(adapter) else None
+        prefix = cls(adapter, inputs)
+        return prefix if len(prefix.ids) >= MIN_TOKENS and shares_prefix(adapter) else None
 
     def leads(self, inputs: Mapping[str, Any]) -> bool:
-        """Whether other inputs begin with these tokens, and their keys and values are known at every layer."""
+        """Whether other inputs begin with these tokens, and the keys and values of these are known at every layer."""
         count, ids = len(self.ids), inputs["input_ids"]
         return len(self._states) == self._depth and len(ids) == 1 and torch.equal(ids[0, :count], self.ids)
 
@@ -197,8 +199,7 @@ def shares_prefix(adapter: ModelAdapter) -> bool:
 def _try_sharing(adapter: ModelAdapter) -> bool:
     shown = {"type": "video" if adapter.video else "image"}
     prompt = [{"role": "user", "content": [{"type": "text", "text": "describe describe describe"}, shown]}]
-    frames = 2 if adapter.video else 1
-    first, second = (adapter.prepare([noise_picture(size)] * frames, prompt) for size in ((96, 64), (200, 136)))
+    first, second = (adapter.prepare(adapter.trial_pictures(size), prompt) for size in ((96, 64), (200, 136)))
     layer = adapter.lens.layers[-1]
     prefix = TextPrefix(adapter, first)
     with prefix.captured():
@@ -206,10 +207,7 @@ def _try_sharing(adapter: ModelAdapter) -> bool:
     if not len(prefix.ids) or not prefix.leads(second):
         return False
     (shared,) = visual_states(adapter, second, layer, prefix)
-    tolerance = 1e-3 if adapter.model.dtype in (torch.float32, torch.float64) else 5e-2
-    gaps = [
-        float((states.float() - expected.float()).abs().mean() / expected.float().std())
+    return all(
+        logits_gap(states, *visual_states(adapter, inputs, layer)) <= adapter.tolerance
         for states, inputs in ((captured, first), (shared, second))
-        for expected in visual_states(adapter, inputs, layer)
-    ]
-    return max(gaps) <= tolerance
+    )
