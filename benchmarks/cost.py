@@ -1,6 +1,6 @@
 r"""What does explaining cost, beside answering?
 
-    python benchmarks/cost.py --threads 1 --tam PATH_TO_TAM --out benchmarks/results/cost.md
+    python benchmarks/cost.py --tam PATH_TO_TAM --out benchmarks/results/cost.md
 
 One process, the same work: a Qwen2-VL-type model with random weights reads a picture and answers. Times are medians
 of several runs that take turns, with the smallest and largest. Peak memory is that of a separate run, beyond what is
@@ -526,7 +526,7 @@ class Bench:
             value = float(np.median(np.divide(first.seconds, second.seconds)))
         else:
             value = first.median / second.median
-        return self.report.ratio(name, value, f"at most {bound:g}", value <= bound)
+        return self._at_most(name, value, bound)
 
     def scales(self, runs: int) -> None:
         """MSEA against the passes that it cannot avoid."""

@@ -443,6 +443,21 @@ def losses(model: Any, batch: dict[str, Tensor], words: Tensor) -> tuple[Tensor,
     return answer_loss, presence_loss
 
 
+def warm_up_and_cosine(
+    optimizer: torch.optim.Optimizer, learning_rate: float, warm_up: int, steps: int, start: int
+) -> torch.optim.lr_scheduler.LambdaLR:
+    """The learning rate rises over so many steps and falls as a cosine to a fiftieth; the run goes on at ``start``. It
+    follows from this call's options alone, so that a run can go on longer or faster than it was begun."""
+
+    def rate(step: int) -> float:
+        warm = min(1.0, (step + 1) / warm_up)
+        return warm * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(1.0, step / steps))))
+
+    for group in optimizer.param_groups:
+        group["initial_lr"] = learning_rate
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, rate, last_epoch=start - 1)
+
+
 def save_atomically(state: dict[str, Any], path: Path) -> None:
     partial = path.with_suffix(".partial")
     torch.save(state, partial)
@@ -503,10 +518,6 @@ def train(
         betas=(0.9, 0.98),
     )
 
-    def rate(step: int) -> float:
-        warm = min(1.0, (step + 1) / 200)
-        return warm * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(1.0, step / steps))))
-
     start, checkpoint = 0, work / "checkpoint.pt"
     if start_from is not None and not checkpoint.exists():
         weights = AutoModelForImageTextToText.from_pretrained(start_from, dtype=torch.float32)
@@ -520,10 +531,7 @@ def train(
         optimizer.load_state_dict(state["optimizer"])
         start = state["step"]
         print(f"resumed at step {start}", flush=True)
-    # The schedule follows from this call's options, so that a run can go on longer or faster than it was begun.
-    for group in optimizer.param_groups:
-        group["initial_lr"] = learning_rate
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate, last_epoch=start - 1)
+    schedule = warm_up_and_cosine(optimizer, learning_rate, 200, steps, start)
     data = Batches(tokenizer, world, seed, steps, family)
     words = torch.tensor(tokenizer.convert_tokens_to_ids(data.words))
     end = min(steps, start + stop_after) if stop_after else steps

@@ -27,7 +27,6 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import math
 import subprocess
 import sys
 import tarfile
@@ -49,7 +48,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
-from train_demo import save_atomically
+from train_demo import save_atomically, warm_up_and_cosine
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
@@ -418,14 +417,7 @@ def train(
     else:
         scale_projector(model, data[0]["pixel_values"])
 
-    def rate(step: int) -> float:
-        warm = min(1.0, (step + 1) / 50)
-        return warm * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(1.0, step / steps))))
-
-    # The schedule follows from this call's options, so that a run can go on longer or faster than it was begun.
-    for group in optimizer.param_groups:
-        group["initial_lr"] = learning_rate
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate, last_epoch=start - 1)
+    schedule = warm_up_and_cosine(optimizer, learning_rate, 50, steps, start)
     model.train()
     if compiled:
         for layer in model.model.language_model.layers:
