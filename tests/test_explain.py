@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from families import build
 from PIL import Image
-from tiny import MODEL_TYPES, picture, tiny
+from tiny import picture, tiny
 from torch import nn
 
 from captum_intramodal import ARC, Explanation, ModelAdapter, explain
@@ -408,7 +408,7 @@ def test_canvas_is_the_weighted_mean_of_all_boxes() -> None:
 
 @pytest.mark.parametrize("model_type", ["qwen2_vl", "idefics3", "git", "mllama", "t5gemma2"])
 def test_an_answer_read_while_it_is_generated_is_one_read_afterwards(model_type: str) -> None:
-    model, processor = tiny(model_type) if model_type in MODEL_TYPES else build(model_type)
+    model, processor = build(model_type)
     options = dict(scales=(1.0,), max_new_tokens=4, arc=dict(layers=(0, -1)))
     lines: list[str] = []
     said = explain(model, processor, picture(), "what is this", progress=lines.append, **options)
@@ -491,7 +491,7 @@ def test_rankings_and_probabilities_from_one_sweep(
 @pytest.mark.parametrize("position", ["token", "prediction"])
 @pytest.mark.parametrize("model_type", ["qwen2_vl", "gemma3", "aya_vision", "idefics3"])
 def test_what_is_said_while_generating_is_ranked_then(model_type: str, position: str) -> None:
-    adapter = ModelAdapter(*(tiny(model_type) if model_type in MODEL_TYPES else build(model_type)))
+    adapter = ModelAdapter(*build(model_type))
     options = dict(answer=None, scales=(1.0,), max_new_tokens=4)
     reading = read_answer(adapter, [picture()], "what is this", ranking_k=7, **options)
     known = reading.answer_rankings

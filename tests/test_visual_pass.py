@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 from families import build
-from tiny import MODEL_TYPES, picture, tiny
+from tiny import picture, tiny
 
 from captum_intramodal import ModelAdapter, explain, visual_pass
 from captum_intramodal.hooks import hidden_rows, run_layers
@@ -52,14 +52,10 @@ def behind_text(n_pictures: int = 1) -> list[dict[str, Any]]:
     return [{"role": "user", "content": [{"type": "text", "text": LONG}, *[{"type": "image"}] * n_pictures]}]
 
 
-def load(model_type: str) -> tuple[Any, Any]:
-    return tiny(model_type) if model_type in MODEL_TYPES else build(model_type)
-
-
 @pytest.mark.parametrize("model_type", ["qwen2_vl", "llava", "idefics3", "internvl", "gemma3", "qwen3_vl"])
 @pytest.mark.parametrize("n_pictures", [1, 2])
 def test_states_behind_a_prefix_that_another_pass_has_read(model_type: str, n_pictures: int) -> None:
-    adapter = ModelAdapter(*load(model_type))
+    adapter = ModelAdapter(*build(model_type))
     first, second = (
         adapter.prepare([picture(*size)] * n_pictures, behind_text(n_pictures)) for size in ((96, 64), (200, 136))
     )
