@@ -793,19 +793,27 @@ PARTS = ("answering", "generating", "scales", "after", "others", "growth")
 
 
 def main(
-    threads: int = 2,
-    runs: int = 3,
+    threads: Annotated[int, typer.Option(min=1)] = 2,
+    runs: Annotated[int, typer.Option(min=1)] = 3,
     tam: Annotated[Path | None, typer.Option(help="Folder of a clone of Token Activation Map, for its tam.py.")] = None,
     device: str = "cuda" if torch.cuda.is_available() else "cpu",
     dtype: Annotated[str, typer.Option(help="Default: float32 on a CPU, bfloat16 on a GPU.")] = "",
     seven_billion: Annotated[bool, typer.Option(help="The shapes of a model of 7 billion parameters.")] = False,
-    visual_tokens: int = 1024,
-    answer_tokens: int = 64,
+    visual_tokens: Annotated[int, typer.Option(min=4)] = 1024,
+    answer_tokens: Annotated[int, typer.Option(min=1)] = 64,
     parts: Annotated[str, typer.Option(help=f"Which of {', '.join(PARTS)}.")] = ",".join(PARTS),
     out: Annotated[Path | None, typer.Option(help="Write Markdown here, with JSON and the plot beside it.")] = None,
 ) -> None:
+    # What is wrong is told before anything runs for minutes.
+    chosen = parts.split(",")
+    if unknown := sorted({*chosen} - {*PARTS}):
+        raise typer.BadParameter(f"--parts has {', '.join(unknown)}; there are {', '.join(PARTS)}.")
+    if tam is not None and not (tam / "tam.py").is_file():
+        raise typer.BadParameter(f"There is no tam.py in --tam {tam}.")
+    torch_dtype = getattr(torch, dtype or ("float32" if device == "cpu" else "bfloat16"), None)
+    if not isinstance(torch_dtype, torch.dtype):
+        raise typer.BadParameter(f"--dtype {dtype} is none of PyTorch's.")
     torch.set_num_threads(threads)
-    torch_dtype = getattr(torch, dtype or ("float32" if device == "cpu" else "bfloat16"))
     shape = SEVEN_BILLION if seven_billion else Shape()
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -819,7 +827,6 @@ def main(
         f"answer. Medians of {runs} runs that take turns, {3 * runs} of generation.",
         "",
     )
-    chosen = parts.split(",")
     if set(chosen) - {"growth"}:
         adapter = build(shape, torch_dtype, device)
         bench = Bench(adapter, picture(visual_tokens), answer_tokens, report)

@@ -118,7 +118,7 @@ def summarise(values: np.ndarray) -> dict[str, tuple[float, float, float]]:
 def main(
     model: Annotated[Path, typer.Option(help="Checkpoint directory.")] = CHECKPOINT,
     world: Annotated[str, typer.Option(help="'demo', or 'other': words and sprites the demo has never seen.")] = "demo",
-    scenes: int = 200,
+    scenes: Annotated[int, typer.Option(min=1)] = 200,
     objects: Annotated[tuple[int, int], typer.Option(help="Fewest and most objects per scene.")] = (2, 4),
     size: Annotated[tuple[int, int], typer.Option(help="Width and height of the scenes in pixels.")] = (256, 192),
     tam: Annotated[bool, typer.Option(help="TAM too, which needs one grid of tokens: no tiles.")] = True,
@@ -127,6 +127,8 @@ def main(
     ] = None,
     threads: int = 1,
 ) -> None:
+    if world not in WORLDS:
+        raise typer.BadParameter(f"There is no world {world}; there are {', '.join(WORLDS)}.")
     adapter = load_adapter(model, threads)
     explainers = {name: make_explainer(spec) for name, spec in EXPLAINERS.items() if tam or not spec.startswith("tam")}
     results = evaluate(adapter, explainers, scenes, world, objects, size)

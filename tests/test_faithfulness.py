@@ -161,6 +161,10 @@ def test_every_imputation_keeps_what_is_kept(imputation: str) -> None:
 def test_a_wrong_imputation_is_refused() -> None:
     with pytest.raises(ValueError, match="blur, mean, noisy_linear"):
         PictureRemoval(len, picture(), "black")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="must be a PIL image, got str"):
+        Imputer("photo.png")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"Masks of shape \(1, 1\)"):
+        Imputer(picture())([[True]])  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"size \(5, 5\)"):
         PictureRemoval(len, picture(), Image.new("RGB", (5, 5)))  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"Masks of shape \(1, 2, 2\)"):

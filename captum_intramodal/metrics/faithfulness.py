@@ -224,7 +224,8 @@ class Imputer:
                     Default: 0
 
     Raises:
-        ValueError: an unknown imputation, or a picture of another size.
+        TypeError: no picture.
+        ValueError: an unknown imputation, or a picture of another size; masks of another shape.
 
     Examples::
 
@@ -232,7 +233,11 @@ class Imputer:
     """
 
     def __init__(self, picture: Image.Image, imputation: Imputation | Image.Image = "blur", seed: int = 0) -> None:
-        picture = picture.convert("RGB")
+        if not isinstance(picture, Image.Image):
+            raise TypeError(
+                f"picture must be a PIL image, got {type(picture).__name__}; open a file with PIL.Image.open."
+            )
+        self.picture = picture = picture.convert("RGB")
         self.seed = seed
         self._pixels = np.asarray(picture)
         if isinstance(imputation, Image.Image):
@@ -251,6 +256,7 @@ class Imputer:
 
     def __call__(self, kept: Masks) -> list[Image.Image]:
         """The picture with the pixels outside each mask, bool (N, height, width), imputed."""
+        kept = np.asarray(kept, dtype=bool)
         if kept.ndim != 3 or kept.shape[1:] != self._pixels.shape[:2]:
             raise ValueError(f"Masks of shape {kept.shape} for pictures of {self._pixels.shape[:2]}.")
         if self._fill is None:
@@ -298,12 +304,11 @@ class PictureRemoval:
         seed: int = 0,
     ) -> None:
         self.score = score
-        self.picture = picture.convert("RGB")
-        self.pictures = Imputer(self.picture, imputation, seed)
+        self.pictures = Imputer(picture, imputation, seed)
 
     def importance(self, map: Array) -> Floats:
         """A map (rows, columns) of any grid, bilinearly at the picture's pixels: float64 (height, width)."""
-        return importance_at_pixels(map, self.picture.size)
+        return importance_at_pixels(map, self.pictures.picture.size)
 
     def __call__(self, kept: Masks) -> Array:
         return self.score(self.pictures(kept))
