@@ -315,6 +315,15 @@ def test_hostile_text_stays_text_on_the_page(hostile: Path) -> None:
         assert ElementTree.fromstring(base64.b64decode(content)).tag.endswith("svg")
 
 
+def test_labels_of_plots_are_not_cut(tmp_path: Path) -> None:
+    wide = "W" * 32
+    make_leaderboard(evaluation(12, (wide, " ", "TAM")), COLUMNS, n=50).to_html(tmp_path / "page.html", {})
+    sources = [attrs["src"] for tag, attrs in Page((tmp_path / "page.html").read_text("utf-8")).tags if tag == "img"]
+    panel = base64.b64decode(str(sources[0]).partition(",")[2]).decode()
+    (left,) = re.findall(rf"<!-- {wide} -->.*?translate\(([-\d.]+)", panel, re.DOTALL)
+    assert float(left) >= 0
+
+
 def test_plots_show_what_the_table_says(board: Leaderboard, tmp_path: Path) -> None:
     board.to_html(tmp_path / "page.html", {})
     first = next(attrs["src"] for tag, attrs in Page((tmp_path / "page.html").read_text("utf-8")).tags if tag == "img")

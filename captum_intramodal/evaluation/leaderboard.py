@@ -20,6 +20,8 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties
+from matplotlib.textpath import TextPath
 from matplotlib.ticker import LogLocator, NullLocator
 
 from captum_intramodal.metrics.faithfulness import FRACTIONS
@@ -722,7 +724,10 @@ def _short(label: str) -> str:
 
 
 def _margin(board: Leaderboard) -> float:
-    return 0.2 + 0.054 * max(len(_short(label)) for label in board.rows)
+    """Room for the widest label, in inches."""
+    font = FontProperties(family=fonts(), size=7.5)
+    labels = [_short(label) for label in board.rows if label.strip()]  # A path of nothing cannot be made.
+    return 0.2 + max((TextPath((0, 0), label, prop=font).get_extents().x1 for label in labels), default=0.0) / 72
 
 
 def _plot_values(board: Leaderboard) -> list[_Plot]:
