@@ -26,7 +26,7 @@ from transformers import ViTConfig, ViTForImageClassification
 from captum_intramodal import MSEA, LowPass, ModelAdapter, PixelForward, Pyramid, Resize, VisualTokenAttribution
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
-from tests.tiny import tiny
+from tests.testing.tiny import tiny
 
 SCALES = (0.5, 1.0, 1.5)
 # Segments per side for perturbations of groups of pixels.

@@ -27,9 +27,11 @@ from torch import Tensor
 from train_demo import WORLDS
 
 from captum_intramodal import ARC, MSEA, LayerLogitLens, ModelAdapter, PixelForward, VisualTokenAttribution
+from captum_intramodal._utils.image import image_to_tensor
+from captum_intramodal.adapter.answer_scorer import AnswerScorer
 from captum_intramodal.demo import CHECKPOINT, Scene, compose
 from captum_intramodal.metrics import (
-    PictureRemoval,
+    ImageRemoval,
     area_under_curve,
     bootstrap_interval,
     deletion_curve,
@@ -38,8 +40,6 @@ from captum_intramodal.metrics import (
     paired_bootstrap_difference,
     pointing_hit,
 )
-from captum_intramodal.pixels import picture_tensor
-from captum_intramodal.scoring import AnswerScorer
 
 HELD_OUT = 4_000_000
 SCALES = (1.0, 1.5)
@@ -101,7 +101,7 @@ def explain(
 ) -> dict[str, dict[str, float]]:
     forward = PixelForward(adapter, PROMPT, answer_ids)
     scorer = AnswerScorer(adapter, PROMPT, answer_ids)
-    picture = picture_tensor(scene.image)
+    picture = image_to_tensor(scene.image)
     relevance = ARC(next(iter(methods(forward).values()))[0]).forward_context(picture)
     suppressor = ARC(model=adapter.lens)
     scores = {}
@@ -128,7 +128,7 @@ def score(maps: Tensor, scene: Scene, scorer: AnswerScorer, named: dict[int, str
         def probability(pictures: list[Any], token: int = token) -> Tensor:
             return scorer.log_probability(pictures)[:, token].exp()
 
-        removal = PictureRemoval(probability, scene.image)
+        removal = ImageRemoval(probability, scene.image)
         importance = removal.importance(maps[token])
         values["insertion"].append(area_under_curve(insertion_curve(removal, importance)))
         values["deletion"].append(area_under_curve(deletion_curve(removal, importance)))

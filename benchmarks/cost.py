@@ -54,20 +54,21 @@ from captum_intramodal import (
     MultimodalLLMAttribution,
     PixelForward,
     explain,
-    visual_pass,
 )
-from captum_intramodal.canvas import canvas_grid, draw_on_canvas
-from captum_intramodal.explain import relate, suppress_together
-from captum_intramodal.geometry import TokenGeometry
-from captum_intramodal.hooks import evaluation_mode, run_layers
-from captum_intramodal.levels import TokenLevel, resize_pictures
-from captum_intramodal.logit_lens import LogitLens
-from captum_intramodal.msea import DEFAULT_SCALES, normalized_weights
-from captum_intramodal.pixels import picture_tensor
-from captum_intramodal.rankings import pairwise_rank_biased_overlap
-from captum_intramodal.reading import Reading, TextTokens
-from captum_intramodal.tam import estimated_causal_inference, rank_gaussian_filter
-from captum_intramodal.visual_pass import visual_states
+from captum_intramodal._utils.image import image_to_tensor
+from captum_intramodal.adapter import prefix_cache
+from captum_intramodal.adapter.prefix_cache import visual_states
+from captum_intramodal.adapter.text_tokens import TextTokens
+from captum_intramodal.explanation.activations import Activations
+from captum_intramodal.explanation.explain import relate, suppress_together
+from captum_intramodal.explanation.scale_maps import TokenScaleMaps, resize_pictures
+from captum_intramodal.functional.aggregation import DEFAULT_SCALES, normalized_weights
+from captum_intramodal.functional.rank_overlap import pairwise_rank_biased_overlap
+from captum_intramodal.functional.rasterize import raster_grid, rasterize
+from captum_intramodal.functional.tam import estimated_causal_inference, rank_gaussian_filter
+from captum_intramodal.geometry.token_geometry import TokenGeometry
+from captum_intramodal.models.hooks import evaluation_mode, run_layers
+from captum_intramodal.models.logit_lens import LogitLens
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -343,14 +344,14 @@ class Said:
             TokenGeometry(boxes, ("local",) * len(boxes), torch.zeros(len(boxes), dtype=torch.int64), (image.size,)),
         )
 
-    def reading(self) -> Reading:
+    def reading(self) -> Activations:
         count = len(self.ids)
         positions = torch.arange(count)
         activation = self.lens.activation(self.visual, self.ids).T.clamp_min(0).cpu()
-        return Reading(
+        return Activations(
             pictures=[Image.new("RGB", self.geometry.image_sizes[0])],
             text=TextTokens(positions, self.ids, positions[:, None], torch.ones(count, dtype=torch.bool), "", ""),
-            levels=[TokenLevel(1.0, activation, self.geometry)],
+            levels=[TokenScaleMaps(1.0, activation, self.geometry)],
             method="logit_lens",
             dropped=[],
             ranking_states={-1: self.text},
@@ -387,19 +388,19 @@ def stages(said: Said) -> dict[str, Stage]:
     t, vocabulary, k = len(said.ids), lens.vocab_size, arc.k
     width = said.visual.element_size()
     size = said.geometry.image_sizes[0]
-    grid = canvas_grid(said.geometry.boxes, size)
+    grid = raster_grid(said.geometry.boxes, size)
     cells = grid[0] * grid[1]
     tokens = said.text[:t]
     values = lens.activation(said.visual, said.ids).T.clamp_min(0)
     ranking = lens.topk(tokens, k)
-    maps = draw_on_canvas(values.cpu(), said.geometry.boxes, size, grid)
+    maps = rasterize(values.cpu(), said.geometry.boxes, size, grid)
     context = arc.relate([ranking], said.text, said.ids)
     return {
         "maps: lens at the visual tokens": Stage(
             2.0 * v * d * t, width * (v + t) * d + 4 * v * t, lambda: lens.activation(said.visual, said.ids)
         ),
         "drawing: V values to C cells": Stage(
-            8.0 * cells * t, 4 * t * (v + cells), lambda: draw_on_canvas(values.cpu(), said.geometry.boxes, size, grid)
+            8.0 * cells * t, 4 * t * (v + cells), lambda: rasterize(values.cpu(), said.geometry.boxes, size, grid)
         ),
         "rankings: top-k over the vocabulary": Stage(
             2.0 * t * d * vocabulary, width * d * vocabulary + 8 * t * k, lambda: lens.rank(tokens, k)
@@ -556,14 +557,14 @@ class Bench:
         content = [{"type": "text", "text": " ".join([PROMPT] * (tokens // 4))}, {"type": "image"}]
 
         def read(least: int) -> None:
-            before, visual_pass.MIN_TOKENS = visual_pass.MIN_TOKENS, least
+            before, prefix_cache.MIN_TOKENS = prefix_cache.MIN_TOKENS, least
             try:
                 explain(
                     self.adapter.model, self.adapter.processor, image, [{"role": "user", "content": content}],
                     self.answer, scales=DEFAULT_SCALES,
                 )  # fmt: skip
             finally:
-                visual_pass.MIN_TOKENS = before
+                prefix_cache.MIN_TOKENS = before
 
         works: dict[str, Callable[[], Any]] = {
             "(c) the text read at every scale": lambda: read(sys.maxsize),
@@ -700,7 +701,7 @@ class Bench:
             [took], None, f"extrapolated from {run} of {total} passes", total / run
         )
         forward_function = PixelForward(self.adapter, PROMPT, self.answer)
-        pixels = picture_tensor(self.image).to(self.adapter.device)
+        pixels = image_to_tensor(self.image).to(self.adapter.device)
         method = IntegratedGradients(forward_function)
         forward_function(pixels)  # What it finds out once.
         took = seconds(lambda: method.attribute(pixels, target=forward_function.targets[0], n_steps=2))

@@ -22,10 +22,10 @@ from rich.progress import track
 
 from captum_intramodal.datasets import open_dataset
 from captum_intramodal.demo import CHECKPOINT
-from captum_intramodal.evaluation import Case
-from captum_intramodal.hooks import evaluation_mode
+from captum_intramodal.evaluation import AnsweredSample
+from captum_intramodal.explanation.activations import collect_answer_activations
 from captum_intramodal.metrics import bootstrap_interval
-from captum_intramodal.reading import read_answer
+from captum_intramodal.models.hooks import evaluation_mode
 
 
 def main(
@@ -44,12 +44,12 @@ def main(
         sample = dataset[index]
         with evaluation_mode(adapter.model):
             ids = adapter.generate(adapter.prepare([sample.image], sample.prompt))
-            reading = read_answer(
+            reading = collect_answer_activations(
                 adapter, [sample.image], sample.prompt, ids, factors, decisions=True,
                 interpolate_pos_encoding=interpolate_pos_encoding,
             )  # fmt: skip
         decisions = reading.decisions or {}
-        objects = [token for word in Case(adapter, sample, ids).objects.values() for token in word.tokens]
+        objects = [token for word in AnsweredSample(adapter, sample, ids).objects.values() for token in word.tokens]
         for kind, tokens in (("object words", objects), ("all tokens", list(range(len(ids))))):
             for scale, decision in decisions.items():
                 same = (decision.likeliest == decisions[1.0].likeliest)[tokens].float()

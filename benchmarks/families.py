@@ -2,8 +2,8 @@ r"""What works on which model type of ``AutoModelForImageTextToText``: the table
 
     python benchmarks/families.py --out benchmarks/results/families.md
 
-Each type is a tiny random model of the real class with its real processor (tests/families.py), in a process of its own:
-an explanation of one picture, of two and of a video, and everything that :func:`captum_intramodal.check` tests.
+Each type is a tiny random model of the real class with its real processor (tests/testing/families.py), in a process of its
+own: an explanation of one picture, of two and of a video, and everything that :func:`captum_intramodal.check` tests.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from PIL import Image, ImageDraw
 from captum_intramodal import check, explain
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
-from tests.families import FAMILIES, LEFT_OUT, build
+from tests.testing.families import FAMILIES, LEFT_OUT, build
 
 SIZE = (640, 400)
 METHODS = {

@@ -28,10 +28,10 @@ from train_demo import WORLDS
 
 from captum_intramodal import ModelAdapter
 from captum_intramodal.demo import CHECKPOINT, Scene, compose
-from captum_intramodal.explainers import Explainer, make_explainer, shared_readings
-from captum_intramodal.hooks import evaluation_mode
+from captum_intramodal.explainers import Explainer, make_explainer, shared_passes
 from captum_intramodal.metrics import bootstrap_interval, f1_iou, function_iou, object_iou, otsu_threshold, pointing_hit
-from captum_intramodal.text import decode_pieces
+from captum_intramodal.models.hooks import evaluation_mode
+from captum_intramodal.text.spans import decode_pieces
 
 HELD_OUT = 2_000_000
 PROMPT = "describe the picture."
@@ -80,7 +80,7 @@ def evaluate(
     """Per explainer an array (scenes, 6): the means of Obj-IoU, pointing and Func-IoU, then the numbers of words."""
     classes, sprites = WORLDS[world]
     rows: dict[str, list[list[float]]] = {name: [] for name in explainers}
-    with shared_readings(explainers.values()):
+    with shared_passes(explainers.values()):
         for index in track(range(count), description="Explaining"):
             scene = compose(HELD_OUT + index, size, objects, classes, sprites)
             with evaluation_mode(adapter.model):

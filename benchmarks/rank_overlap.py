@@ -19,8 +19,8 @@ from rich.progress import track
 from captum_intramodal import ARC
 from captum_intramodal.datasets import open_dataset
 from captum_intramodal.demo import CHECKPOINT
-from captum_intramodal.hooks import evaluation_mode
-from captum_intramodal.reading import read_answer
+from captum_intramodal.explanation.activations import collect_answer_activations
+from captum_intramodal.models.hooks import evaluation_mode
 
 
 def main(
@@ -34,7 +34,7 @@ def main(
     for index in track(range(min(samples, len(dataset))), description="Comparing"):
         sample = dataset[index]
         with evaluation_mode(adapter.model):
-            reading = read_answer(adapter, [sample.image], sample.prompt, sample.answer, (1.0,))
+            reading = collect_answer_activations(adapter, [sample.image], sample.prompt, sample.answer, (1.0,))
             context = arc.compare(list(reading.ranking_states.values()), reading.last, reading.text.ids)
         answer = slice(-reading.n_answer, None)
         overlaps.append(context.relevance[answer][context.context[answer]].cpu())

@@ -23,13 +23,13 @@ from rich.table import Table
 from torch import Tensor
 
 from captum_intramodal import ARC, ModelAdapter
+from captum_intramodal.adapter.answer_scorer import AnswerScorer
 from captum_intramodal.demo import CHECKPOINT, Question, Scene, compose
-from captum_intramodal.demo.scenes import CLASSES, COLOURS
-from captum_intramodal.reading import read_answer
-from captum_intramodal.scoring import AnswerScorer
+from captum_intramodal.demo.scenes import CLASSES, COLORS
+from captum_intramodal.explanation.activations import collect_answer_activations
 
 HELD_OUT = 3_000_000
-CONTENT = {*CLASSES, *COLOURS, "yes", "no", "nothing"}
+CONTENT = {*CLASSES, *COLORS, "yes", "no", "nothing"}
 NEEDED = 0.01  # smallest largest drop of log-probability at which a word depends on earlier words at all
 
 
@@ -57,7 +57,7 @@ def main(
         for question in (scene.describe_question(rng), scene.relation_question(rng), scene.exists_question(rng)):
             if question is None:
                 continue
-            reading = read_answer(adapter, [scene.image], question.prompt, question.answer, (1.0,))
+            reading = collect_answer_activations(adapter, [scene.image], question.prompt, question.answer, (1.0,))
             ids, states = reading.text.ids, list(reading.ranking_states.values())
             drops = log_probability_drops(adapter, scene, question, reading.text.positions)
             token, prediction = (

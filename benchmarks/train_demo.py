@@ -50,7 +50,7 @@ from transformers import (
 )
 from transformers.models.qwen2_vl.modeling_qwen2_vl import apply_rotary_pos_emb_vision
 
-from captum_intramodal.demo.scenes import CLASSES, COLOURS, SPRITES, Question, compose
+from captum_intramodal.demo.scenes import CLASSES, COLORS, SPRITES, Question, compose
 
 PATCH, MERGE = 16, 2
 TOKEN = PATCH * MERGE
@@ -91,7 +91,7 @@ MEAN, STD = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
 
 def build_tokenizer(classes: tuple[str, ...], family: str = "qwen2_vl") -> PreTrainedTokenizerFast:
     special = SPECIAL[family]
-    vocabulary = {word: index for index, word in enumerate((*special, *WORDS, *COLOURS, *classes))}
+    vocabulary = {word: index for index, word in enumerate((*special, *WORDS, *COLORS, *classes))}
     named = {}
     if family == "internvl":
         named = dict(
@@ -264,7 +264,7 @@ class Batches(Dataset[dict[str, Tensor]]):
     ) -> None:
         self.tokenizer, self.seed, self.steps, self.family = tokenizer, seed, steps, family
         self.classes, self.sprites = WORLDS[world]
-        self.words = [*self.classes, *COLOURS]
+        self.words = [*self.classes, *COLORS]
         self.word_index = {word: index for index, word in enumerate(self.words)}
         self.tiler = build_internvl_processor(tokenizer).image_processor if family == "internvl" else None
 

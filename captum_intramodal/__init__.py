@@ -1,31 +1,65 @@
 r"""Explain multimodal LLMs word by word, with Captum: multi-scale aggregation (MSEA) and ranking correlation (ARC)."""
 
-import sys
 from importlib import import_module
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from captum_intramodal._version import __version__
 
 if TYPE_CHECKING:
-    from captum_intramodal.adapter import ModelAdapter
-    from captum_intramodal.arc import ARC, ActivationRankingCorrelation
-    from captum_intramodal.check import CheckReport, check
-    from captum_intramodal.explain import explain, explain_batch
-    from captum_intramodal.explanation import Explanation
-    from captum_intramodal.hidden_states import HiddenStates
-    from captum_intramodal.llm_attribution import (
-        ImageTextInput,
-        MultimodalLLMAttribution,
-        MultimodalLLMAttributionResult,
-    )
-    from captum_intramodal.logit_lens import LayerLogitLens, LogitLens
-    from captum_intramodal.msea import DEFAULT_SCALES, MSEA, MultiScaleExplanationAggregation
-    from captum_intramodal.pixels import PixelForward, ProcessedPixelForward
-    from captum_intramodal.pyramid import LowPass, Pyramid, Reprocess, Resize
-    from captum_intramodal.rankings import pairwise_rank_biased_overlap, rank_biased_overlap
-    from captum_intramodal.text import Word
-    from captum_intramodal.visual_tokens import VisualTokenAttribution, draw_positions
+    from captum_intramodal.adapter.model_adapter import ModelAdapter
+    from captum_intramodal.attr.arc import ARC, ActivationRankingCorrelation
+    from captum_intramodal.attr.hidden_states import HiddenStates
+    from captum_intramodal.attr.layer_logit_lens import LayerLogitLens
+    from captum_intramodal.attr.llm_attribution import MultimodalLLMAttribution
+    from captum_intramodal.attr.llm_input import ImageTextInput
+    from captum_intramodal.attr.llm_result import MultimodalLLMAttributionResult
+    from captum_intramodal.attr.msea import MSEA, MultiScaleExplanationAggregation
+    from captum_intramodal.attr.pixel_forward import PixelForward
+    from captum_intramodal.attr.processed_pixel_forward import ProcessedPixelForward
+    from captum_intramodal.attr.pyramids.base import Pyramid
+    from captum_intramodal.attr.pyramids.low_pass import LowPass
+    from captum_intramodal.attr.pyramids.reprocess import Reprocess
+    from captum_intramodal.attr.pyramids.resize import Resize
+    from captum_intramodal.attr.visual_token_attribution import VisualTokenAttribution, draw_positions
+    from captum_intramodal.explanation.explain import explain, explain_batch
+    from captum_intramodal.explanation.explanation import Explanation
+    from captum_intramodal.explanation.model_check import CheckReport, check
+    from captum_intramodal.functional.aggregation import DEFAULT_SCALES
+    from captum_intramodal.functional.rank_overlap import pairwise_rank_biased_overlap, rank_biased_overlap
+    from captum_intramodal.models.logit_lens import LogitLens
+    from captum_intramodal.text.spans import Word
+
+# Torch and transformers are imported with the first name that needs them; ``captum-intramodal --help`` needs none.
+_MODULES = {
+    "ARC": "attr.arc",
+    "DEFAULT_SCALES": "functional.aggregation",
+    "MSEA": "attr.msea",
+    "ActivationRankingCorrelation": "attr.arc",
+    "CheckReport": "explanation.model_check",
+    "Explanation": "explanation.explanation",
+    "HiddenStates": "attr.hidden_states",
+    "ImageTextInput": "attr.llm_input",
+    "LayerLogitLens": "attr.layer_logit_lens",
+    "LogitLens": "models.logit_lens",
+    "LowPass": "attr.pyramids.low_pass",
+    "ModelAdapter": "adapter.model_adapter",
+    "MultiScaleExplanationAggregation": "attr.msea",
+    "MultimodalLLMAttribution": "attr.llm_attribution",
+    "MultimodalLLMAttributionResult": "attr.llm_result",
+    "PixelForward": "attr.pixel_forward",
+    "ProcessedPixelForward": "attr.processed_pixel_forward",
+    "Pyramid": "attr.pyramids.base",
+    "Reprocess": "attr.pyramids.reprocess",
+    "Resize": "attr.pyramids.resize",
+    "VisualTokenAttribution": "attr.visual_token_attribution",
+    "Word": "text.spans",
+    "check": "explanation.model_check",
+    "draw_positions": "attr.visual_token_attribution",
+    "explain": "explanation.explain",
+    "explain_batch": "explanation.explain",
+    "pairwise_rank_biased_overlap": "functional.rank_overlap",
+    "rank_biased_overlap": "functional.rank_overlap",
+}
 
 __all__ = [
     "ARC",
@@ -59,29 +93,12 @@ __all__ = [
     "rank_biased_overlap",
 ]
 
-_MODULES = (
-    "adapter", "arc", "check", "explain", "explanation", "hidden_states", "llm_attribution", "logit_lens", "msea",
-    "pixels", "pyramid", "rankings", "text", "visual_tokens",
-)  # fmt: skip
 
-
-class _Package(ModuleType):
-    """Imports torch and transformers with the first name that is asked for; ``captum-intramodal --help`` needs none."""
-
-    def __getattr__(self, name: str) -> Any:
-        if name in __all__:
-            for module in (import_module(f"{__name__}.{each}") for each in _MODULES):
-                if name in module.__all__:
-                    return getattr(module, name)
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        # The import system would let the submodules explain and check hide the functions of these names.
-        if name not in __all__ or not isinstance(value, ModuleType):
-            super().__setattr__(name, value)
-
-    def __dir__(self) -> list[str]:
-        return sorted({*super().__dir__(), *__all__})
+    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
 
 
-sys.modules[__name__].__class__ = _Package
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -21,7 +21,7 @@ from rich.table import Column, Table
 
 if TYPE_CHECKING:
     from captum_intramodal.evaluation import Leaderboard
-    from captum_intramodal.explanation import Explanation
+    from captum_intramodal.explanation.explanation import Explanation
 
 app = typer.Typer(
     help="Explain why a multimodal LLM said each word of its answer.",
@@ -319,7 +319,7 @@ def _explain(
     pictures = [_open_picture(path) for path in images]
     with console.status("Loading torch and transformers") as status:
         import captum_intramodal
-        from captum_intramodal.report import draw_overview
+        from captum_intramodal.viz.overview import draw_overview
 
         status.update(f"Loading {model_id}")
         with _quiet():

@@ -29,9 +29,9 @@ from typing import Any, Protocol, get_args, runtime_checkable
 import numpy as np
 from PIL import Image
 
-from captum_intramodal.demo.scenes import CLASSES, COLOURS, SPRITES, Question, Scene, compose
-from captum_intramodal.metrics.words import WordType
-from captum_intramodal.specs import build, parse_spec
+from captum_intramodal._utils.spec import build, parse_spec
+from captum_intramodal.demo.scenes import CLASSES, COLORS, SPRITES, Question, Scene, compose
+from captum_intramodal.text.parts_of_speech import WordType
 
 __all__ = [
     "DATASETS",
@@ -150,7 +150,7 @@ _TASKS: dict[str, Callable[[Scene, np.random.Generator, tuple[str, ...]], Questi
 _WORD_TYPES: dict[str, WordType] = {
     **dict.fromkeys(("picture", "nothing"), "noun"),
     **dict.fromkeys("a an the some and there no yes".split(), "function"),
-    **dict.fromkeys(("shows", "is", ".", ",", *COLOURS), "other"),
+    **dict.fromkeys(("shows", "is", ".", ",", *COLORS), "other"),
 }
 
 

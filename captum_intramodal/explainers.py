@@ -23,15 +23,21 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from captum_intramodal.adapter import Encoding, ModelAdapter, Prompt, check_images
-from captum_intramodal.arc import ARC, ContextRelevance, RankingPosition, Weighting, check_arc_options
-from captum_intramodal.canvas import draw_on_canvas
-from captum_intramodal.decoder import decoder_layers
-from captum_intramodal.explain import suppress_together
-from captum_intramodal.hooks import evaluation_mode
-from captum_intramodal.levels import Method, TokenLevel, find_sights, resize_pictures
-from captum_intramodal.metrics.faithfulness import Imputation, Imputer, check_imputation
-from captum_intramodal.msea import (
+from captum_intramodal._utils.image import check_images, image_to_tensor
+from captum_intramodal._utils.spec import build, parse_spec, settings_of
+from captum_intramodal.adapter.answer_scorer import AnswerScorer
+from captum_intramodal.adapter.encoding import Encoding
+from captum_intramodal.adapter.model_adapter import ModelAdapter
+from captum_intramodal.adapter.prompts import Prompt
+from captum_intramodal.adapter.text_tokens import text_positions
+from captum_intramodal.attr.arc import ARC
+from captum_intramodal.attr.pixel_forward import PixelForward
+from captum_intramodal.attr.visual_token_attribution import VisualTokenAttribution, draw_positions
+from captum_intramodal.explanation.activations import Activations, collect_answer_activations
+from captum_intramodal.explanation.explain import suppress_together
+from captum_intramodal.explanation.scale_maps import TokenScaleMaps, resize_pictures
+from captum_intramodal.explanation.scale_views import Method, select_views
+from captum_intramodal.functional.aggregation import (
     AGGREGATIONS,
     CHANGED_DECISIONS,
     Aggregation,
@@ -40,13 +46,13 @@ from captum_intramodal.msea import (
     check_scales,
     normalized_weights,
 )
-from captum_intramodal.pixels import PixelForward, picture_tensor
-from captum_intramodal.rankings import Normalization
-from captum_intramodal.reading import Reading, read_answer, text_positions
-from captum_intramodal.scoring import AnswerScorer
-from captum_intramodal.specs import build, parse_spec, settings_of
-from captum_intramodal.tam import token_activation_map
-from captum_intramodal.visual_tokens import VisualTokenAttribution, draw_positions
+from captum_intramodal.functional.imputation import Imputation, Imputer, check_imputation
+from captum_intramodal.functional.rank_overlap import Normalization
+from captum_intramodal.functional.rasterize import rasterize
+from captum_intramodal.functional.suppression import ContextRelevance, RankingPosition, Weighting, check_arc_options
+from captum_intramodal.functional.tam import token_activation_map
+from captum_intramodal.models.decoder import decoder_layers
+from captum_intramodal.models.hooks import evaluation_mode
 
 __all__ = [
     "EXPLAINERS",
@@ -55,7 +61,7 @@ __all__ = [
     "eager_attention",
     "greedy_inclusion",
     "make_explainer",
-    "shared_readings",
+    "shared_passes",
 ]
 
 Scales = Sequence[float] | Literal["auto"]
@@ -168,7 +174,7 @@ class _Explainer(ABC):
 
 
 @dataclass(frozen=True)
-class _Wish:
+class PassRequest:
     """What an explainer wants to be read."""
 
     scales: tuple[float, ...] | Literal["auto"] = (1.0,)
@@ -188,7 +194,7 @@ class _Wish:
         """Whether each scale is seen the same whatever others are, as long as none is left out."""
         return self.scales != "auto" and not self.crops and not self.interpolate_pos_encoding
 
-    def together(self, other: _Wish) -> _Wish:
+    def together(self, other: PassRequest) -> PassRequest:
         """What serves both; scales that cannot be added stay this one's own."""
         layers = tuple(sorted({*self.ranking_layers, *other.ranking_layers}))
         scales = self.scales
@@ -196,7 +202,7 @@ class _Wish:
             scales = tuple(sorted({*map(float, self.scales), *map(float, other.scales)}))
         return replace(self, scales=scales, ranking_layers=layers)
 
-    def part_of(self, known: _Wish, reading: Reading) -> Reading | None:
+    def items_within(self, known: PassRequest, reading: Activations) -> Activations | None:
         """What would have been read, from a reading of more; None if that does not tell."""
         if self.kind != known.kind or not set(self.ranking_layers) <= set(known.ranking_layers):
             return None
@@ -206,9 +212,9 @@ class _Wish:
             return None
         return replace(reading, levels=[level for level in reading.levels if level.scale in self.scales])
 
-    def read(self, example: _Example) -> Reading:
+    def read(self, example: _Example) -> Activations:
         adapter, pictures, prompt, answer_ids = example
-        return read_answer(
+        return collect_answer_activations(
             adapter,
             list(pictures),
             prompt,
@@ -227,14 +233,14 @@ _Example = tuple[ModelAdapter, Sequence[Image.Image], Prompt, list[int]]
 
 
 @dataclass
-class _Shared:
+class SharedPasses:
     """Readings of the last example."""
 
-    wishes: list[_Wish]
+    wishes: list[PassRequest]
     example: _Example | None = None
-    readings: list[tuple[_Wish, Reading]] = field(default_factory=list)
+    readings: list[tuple[PassRequest, Activations]] = field(default_factory=list)
 
-    def read(self, example: _Example, wish: _Wish) -> Reading:
+    def read(self, example: _Example, wish: PassRequest) -> Activations:
         if self.example is None or not _same(example, self.example):
             self.example, self.readings = example, []
         more = wish
@@ -244,16 +250,16 @@ class _Shared:
             if wanted is not None and all(known != wanted for known, _ in self.readings):
                 self.readings.append((wanted, wanted.read(example)))
             for known, reading in self.readings:
-                if (part := wish.part_of(known, reading)) is not None:
+                if (part := wish.items_within(known, reading)) is not None:
                     return part
         raise RuntimeError(f"The model was read as {wish} asks, and still that is missing.")
 
 
-_SHARED: ContextVar[_Shared | None] = ContextVar("shared_readings", default=None)
+_SHARED: ContextVar[SharedPasses | None] = ContextVar("shared_passes", default=None)
 
 
 @contextmanager
-def shared_readings(explainers: Iterable[Explainer] = ()) -> Iterator[None]:
+def shared_passes(explainers: Iterable[Explainer] = ()) -> Iterator[None]:
     r"""
     Explainers that read the model with a logit lens share their passes: within the ``with`` statement an example is
     read once for all of them, as long as one after another is asked about it. Results are the same as without.
@@ -269,11 +275,11 @@ def shared_readings(explainers: Iterable[Explainer] = ()) -> Iterator[None]:
 
     Examples::
 
-        >>> with shared_readings(explainers):
+        >>> with shared_passes(explainers):
         ...     for pictures, prompt, answer_ids in examples:
         ...         maps = [explainer(adapter, pictures, prompt, answer_ids) for explainer in explainers]
     """
-    token = _SHARED.set(_Shared([e.wish for e in explainers if isinstance(e, LogitLensMaps | TAM | ARCAround)]))
+    token = _SHARED.set(SharedPasses([e.wish for e in explainers if isinstance(e, LogitLensMaps | TAM | ARCAround)]))
     try:
         yield
     finally:
@@ -289,7 +295,7 @@ def _same(one: _Example, other: _Example) -> bool:
     )
 
 
-def _read(example: _Example, wish: _Wish) -> Reading:
+def _read(example: _Example, wish: PassRequest) -> Activations:
     shared = _SHARED.get()
     return wish.read(example) if shared is None else shared.read(example, wish)
 
@@ -338,12 +344,12 @@ class _RankingOptions:
         check_arc_options(self.k, self.p, self.normalization, self.weighting, self.ranking_position, self.strength)
         self.layers = tuple(self.layers)
 
-    def compare(self, adapter: ModelAdapter, reading: Reading) -> tuple[ARC, ContextRelevance]:
+    def compare(self, adapter: ModelAdapter, reading: Activations) -> tuple[ARC, ContextRelevance]:
         arc = ARC(model=adapter.lens, **{f.name: getattr(self, f.name) for f in fields(_RankingOptions)})
         states = [reading.ranking_states[layer] for layer in arc.layers]
         return arc, arc.compare(states, reading.last, reading.text.ids)
 
-    def suppress(self, adapter: ModelAdapter, maps: Sequence[Tensor], reading: Reading) -> list[Tensor]:
+    def suppress(self, adapter: ModelAdapter, maps: Sequence[Tensor], reading: Activations) -> list[Tensor]:
         """Of maps of all text tokens, or of the last ones, which are then each other's only context."""
         arc, context = self.compare(adapter, reading)
         last = (slice(-len(maps[0]), None),) * 2
@@ -379,8 +385,8 @@ class LogitLensMaps(_Explainer):
     interpolate_pos_encoding: bool = False
 
     @property
-    def wish(self) -> _Wish:
-        return _Wish(
+    def wish(self) -> PassRequest:
+        return PassRequest(
             getattr(self, "scales", (1.0,)),
             tuple(getattr(self, "layers", (-1,))),
             self.layer,
@@ -406,7 +412,7 @@ class LogitLensMaps(_Explainer):
         weighting: Weighting = "relevance*text_activation" if ranking is self else "text_activation"
         return TextMaps(reading.text.positions, context.weights(weighting)[-len(answer_ids) :].cpu())
 
-    def maps(self, adapter: ModelAdapter, reading: Reading) -> list[Tensor]:
+    def maps(self, adapter: ModelAdapter, reading: Activations) -> list[Tensor]:
         """Of all text tokens."""
         kept = [level.scale for level in reading.levels]
         options = self if isinstance(self, MSEAMaps) else MSEAMaps()
@@ -473,8 +479,8 @@ class TAM(_Explainer):
     layer: int | None = None
 
     @property
-    def wish(self) -> _Wish:
-        return _Wish(layer=self.layer)
+    def wish(self) -> PassRequest:
+        return PassRequest(layer=self.layer)
 
     def explain(
         self, adapter: ModelAdapter, pictures: list[Image.Image], prompt: Prompt, answer_ids: list[int]
@@ -482,7 +488,7 @@ class TAM(_Explainer):
         picture = _single(self, pictures)
         reading = _read((adapter, pictures, prompt, answer_ids), self.wish)
         (level,) = reading.levels
-        if not isinstance(level, TokenLevel):
+        if not isinstance(level, TokenScaleMaps):
             raise ValueError(f"TAM needs a map per visual token, which {type(adapter.model).__name__} does not have.")
         placed = level.geometry.is_local
         boxes = level.boxes(0, picture.size)[placed]
@@ -497,7 +503,7 @@ class TAM(_Explainer):
         maps = token_activation_map(
             level.activation[:, placed], context.text_activation, ids[:, None] == ids, grid=grid, filter=self.filter
         )
-        drawn = draw_on_canvas(maps, boxes, picture.size, (2 * grid[0], 2 * grid[1]))
+        drawn = rasterize(maps, boxes, picture.size, (2 * grid[0], 2 * grid[1]))
         return [drawn[-len(answer_ids) :]]
 
     def explain_text(
@@ -532,7 +538,7 @@ class MSEAAround(_ScaleOptions, _Explainer):
         self, adapter: ModelAdapter, pictures: list[Image.Image], prompt: Prompt, answer_ids: list[int]
     ) -> list[Tensor]:
         with torch.no_grad():
-            sights, _ = find_sights(adapter, pictures, self.scales, adapter.prepare(pictures, prompt))
+            sights, _ = select_views(adapter, pictures, self.scales, adapter.prepare(pictures, prompt))
         seen = []
         for scale in sights:
             sizes = [(max(1, round(p.width * scale)), max(1, round(p.height * scale))) for p in pictures]
@@ -568,8 +574,8 @@ class ARCAround(_RankingOptions, _Explainer):
         return f"arc+{self.base.name}"
 
     @property
-    def wish(self) -> _Wish:
-        return _Wish(ranking_layers=tuple(self.layers), method="auto")
+    def wish(self) -> PassRequest:
+        return PassRequest(ranking_layers=tuple(self.layers), method="auto")
 
     def explain(
         self, adapter: ModelAdapter, pictures: list[Image.Image], prompt: Prompt, answer_ids: list[int]
@@ -772,7 +778,7 @@ class GradCAM(_Explainer):
     def explain(
         self, adapter: ModelAdapter, pictures: list[Image.Image], prompt: Prompt, answer_ids: list[int]
     ) -> list[Tensor]:
-        picture = picture_tensor(_single(self, pictures))
+        picture = image_to_tensor(_single(self, pictures))
         _check_sequence(self, adapter, [pictures[0].size])
         layers = decoder_layers(adapter.model)
         _check_layer(self.layer, len(layers))
@@ -930,14 +936,14 @@ class OcclusionMaps(_PixelMaps):
         step = max(1, round(self.stride * side))
         with torch.no_grad():
             values: Tensor = Occlusion(forward).attribute(
-                picture_tensor(picture), (3, side, side), strides=(3, step, step),
+                image_to_tensor(picture), (3, side, side), strides=(3, step, step),
                 baselines=_baseline(picture, self.baseline), perturbations_per_eval=self.batch_size,
             )  # fmt: skip
         return values
 
 
 def _each_target(method: Attribution, forward: PixelForward, picture: Image.Image, **options: Any) -> Tensor:
-    pixels = picture_tensor(picture).requires_grad_()  # Else Captum warns that it asks for that.
+    pixels = image_to_tensor(picture).requires_grad_()  # Else Captum warns that it asks for that.
     return torch.cat([method.attribute(pixels, target=target, **options).detach() for target in forward.targets])
 
 
@@ -949,7 +955,7 @@ def _check_baseline(baseline: str) -> None:
 def _baseline(picture: Image.Image, kind: Baseline) -> Tensor:
     if kind == "black":
         return torch.zeros(1, 3, picture.height, picture.width)
-    return picture_tensor(Imputer(picture, kind).nothing_kept())
+    return image_to_tensor(Imputer(picture, kind).nothing_kept())
 
 
 # --- Upper and lower marks -------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageEnhance
 
-__all__ = ["CLASSES", "COLOURS", "PAINTED", "SPRITES", "Question", "Scene", "SceneObject", "compose"]
+__all__ = ["CLASSES", "COLORS", "PAINTED", "SPRITES", "Question", "Scene", "SceneObject", "compose"]
 
 SPRITES = Path(__file__).parent / "sprites"
 
@@ -25,9 +25,9 @@ CLASSES: tuple[str, ...] = (
 )  # fmt: skip
 
 # Hue (0..255, Pillow's HSV) that each colour word stands for.
-COLOURS: dict[str, int] = {"red": 0, "yellow": 42, "green": 85, "blue": 150, "purple": 195}
+COLORS: dict[str, int] = {"red": 0, "yellow": 42, "green": 85, "blue": 150, "purple": 195}
 
-# Classes whose sprite is painted in one of COLOURS; their noun is always said with the colour.
+# Classes whose sprite is painted in one of COLORS; their noun is always said with the colour.
 PAINTED: frozenset[str] = frozenset({"car", "book", "balloon", "gift", "star", "key"})
 
 DIRECTIONS: dict[str, tuple[int, int]] = {"left": (-1, 0), "right": (1, 0), "above": (0, -1), "below": (0, 1)}
@@ -166,7 +166,7 @@ class Scene:
         prompt = str(rng.choice(DESCRIBE_PROMPTS))
         phrases = [item.phrase for item in self.objects]
         name = self._absent_class(rng, classes)
-        colour = str(rng.choice(list(COLOURS))) if name in PAINTED else None
+        colour = str(rng.choice(list(COLORS))) if name in PAINTED else None
         phrases.insert(int(rng.integers(len(phrases) + 1)), SceneObject(name, colour, (0, 0, 0, 0)).phrase)
         return Question(prompt, _description(phrases), "hallucination")
 
@@ -246,7 +246,7 @@ def compose(
     objects: list[SceneObject] = []
     masks: list[np.ndarray] = []
     for name, x, y, diameter in placed:
-        colour = str(rng.choice(list(COLOURS))) if name in PAINTED else None
+        colour = str(rng.choice(list(COLORS))) if name in PAINTED else None
         sprite = _sprite(name, colour, str(sprites))
         if rng.random() < 0.5:
             sprite = sprite.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
@@ -294,7 +294,7 @@ def _sprite(name: str, colour: str | None, folder: str) -> Image.Image:
         return sprite
     hsv = np.array(sprite.convert("RGB").convert("HSV"))
     coloured = hsv[..., 1] > 60
-    hsv[..., 0] = np.where(coloured, COLOURS[colour], hsv[..., 0])
+    hsv[..., 0] = np.where(coloured, COLORS[colour], hsv[..., 0])
     hsv[..., 1] = np.where(coloured, np.maximum(hsv[..., 1], 190), hsv[..., 1])
     painted = Image.frombuffer("HSV", sprite.size, hsv.tobytes()).convert("RGBA")
     painted.putalpha(sprite.getchannel("A"))

@@ -1,8 +1,8 @@
 """Is an explanation true? Explainers compared on a data set: a resumable run, its metrics and the resulting table."""
 
-from captum_intramodal.evaluation.case import AnswerWord, Case
+from captum_intramodal.evaluation.case import AnsweredSample, AnswerWord
 from captum_intramodal.evaluation.leaderboard import Column, Leaderboard, make_leaderboard
-from captum_intramodal.evaluation.measures import METRICS, Measured, Metric, make_metric
+from captum_intramodal.evaluation.measures import METRICS, Metric, MetricResult, make_metric
 from captum_intramodal.evaluation.run import DEFAULT_EXPLAINERS, DEFAULT_METRICS, evaluate
 
 __all__ = [
@@ -10,11 +10,11 @@ __all__ = [
     "DEFAULT_METRICS",
     "METRICS",
     "AnswerWord",
-    "Case",
+    "AnsweredSample",
     "Column",
     "Leaderboard",
-    "Measured",
     "Metric",
+    "MetricResult",
     "evaluate",
     "make_leaderboard",
     "make_metric",

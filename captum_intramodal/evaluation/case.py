@@ -12,14 +12,14 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from captum_intramodal.adapter import ModelAdapter
+from captum_intramodal.adapter.answer_scorer import AnswerScorer
+from captum_intramodal.adapter.model_adapter import ModelAdapter
 from captum_intramodal.datasets import Sample
-from captum_intramodal.metrics.faithfulness import FRACTIONS
-from captum_intramodal.metrics.words import Tagger, WordType, match_categories, word_types
-from captum_intramodal.scoring import AnswerScorer
-from captum_intramodal.text import decode_pieces, group_words
+from captum_intramodal.metrics.curves import FRACTIONS
+from captum_intramodal.text.parts_of_speech import Tagger, WordType, match_categories, word_types
+from captum_intramodal.text.spans import decode_pieces, group_words
 
-__all__ = ["AnswerWord", "Case"]
+__all__ = ["AnswerWord", "AnsweredSample"]
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class AnswerWord:
 
 
 @dataclass(frozen=True, eq=False)
-class Case:
+class AnsweredSample:
     r"""
     A sample with the answer that is explained.
 

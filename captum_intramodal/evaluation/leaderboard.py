@@ -24,9 +24,11 @@ from matplotlib.font_manager import FontProperties
 from matplotlib.textpath import TextPath
 from matplotlib.ticker import LogLocator, NullLocator
 
-from captum_intramodal.metrics.faithfulness import FRACTIONS
+from captum_intramodal._utils.io import write_atomically
+from captum_intramodal.metrics.curves import FRACTIONS
 from captum_intramodal.metrics.statistics import Floats, Interval, permutation_p, resamples, swaps
-from captum_intramodal.report import fonts, page_template, write_atomically
+from captum_intramodal.viz.overview import fonts
+from captum_intramodal.viz.page import page_template
 
 __all__ = ["Cell", "Column", "Comparison", "Coverage", "Leaderboard", "make_leaderboard"]
 

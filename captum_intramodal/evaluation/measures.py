@@ -17,16 +17,20 @@ from captum.metrics import infidelity, sensitivity_max
 from PIL import Image
 from torch import Tensor
 
-from captum_intramodal._captum import format_tensor_into_tuples
-from captum_intramodal.evaluation.case import Case
+from captum_intramodal._utils.captum import format_tensor_into_tuples
+from captum_intramodal._utils.image import image_to_tensor
+from captum_intramodal._utils.spec import build, parse_spec, settings_of
+from captum_intramodal.attr.pixel_forward import PixelForward
+from captum_intramodal.evaluation.case import AnsweredSample
 from captum_intramodal.evaluation.leaderboard import ANSWER, Column
-from captum_intramodal.explainers import Explainer, shared_readings
+from captum_intramodal.explainers import Explainer, shared_passes
+from captum_intramodal.functional.imputation import Imputation, check_imputation
 from captum_intramodal.metrics import (
     FUNCTION_WORD,
     OTHER_NOUN,
     OTHER_WORD,
+    ImageRemoval,
     Imputer,
-    PictureRemoval,
     TokenRemoval,
     aopc,
     area_under_curve,
@@ -42,17 +46,15 @@ from captum_intramodal.metrics import (
     road,
     tam_scores,
 )
-from captum_intramodal.metrics.faithfulness import Imputation, check_imputation, importance_at_pixels
-from captum_intramodal.pixels import PixelForward, picture_tensor
-from captum_intramodal.specs import build, parse_spec, settings_of
+from captum_intramodal.metrics.removal import importance_at_pixels
 
-__all__ = ["METRICS", "Measured", "Metric", "make_metric"]
+__all__ = ["METRICS", "Metric", "MetricResult", "make_metric"]
 
 Of = Literal["words", "answer"]
 
 
 @dataclass
-class Measured:
+class MetricResult:
     """What metrics found of one explainer on one answer.
 
     Attributes:
@@ -89,16 +91,16 @@ class Metric(ABC):
         return settings_of(self)
 
     @abstractmethod
-    def measure(self, case: Case, explainer: Explainer, maps: Tensor, found: Measured) -> None:
+    def measure(self, case: AnsweredSample, explainer: Explainer, maps: Tensor, found: MetricResult) -> None:
         r"""
         Adds what it finds.
 
         Args:
 
-            case (Case): The answer.
+            case (AnsweredSample): The answer.
             explainer (Explainer): Whose maps; some metrics ask it again, on changed pictures or of a changed model.
             maps (Tensor): Its maps of the answer's T tokens, float32 (T, rows, columns), not negative.
-            found (Measured): Takes the results.
+            found (MetricResult): Takes the results.
         """
 
 
@@ -119,7 +121,7 @@ class ObjectIoU(Metric):
     name: ClassVar[str] = "obj_iou"
     columns: ClassVar[tuple[Column, ...]] = (_OBJ,)
 
-    def measure(self, case: Case, explainer: Explainer, maps: Tensor, found: Measured) -> None:
+    def measure(self, case: AnsweredSample, explainer: Explainer, maps: Tensor, found: MetricResult) -> None:
         for index, (word, mask) in case.shown.items():
             found.add("obj_iou", index, max(object_iou(maps[token], mask) for token in word.tokens))
 
@@ -131,7 +133,7 @@ class FunctionIoU(Metric):
     name: ClassVar[str] = "func_iou"
     columns: ClassVar[tuple[Column, ...]] = (_FUNC,)
 
-    def measure(self, case: Case, explainer: Explainer, maps: Tensor, found: Measured) -> None:
+    def measure(self, case: AnsweredSample, explainer: Explainer, maps: Tensor, found: MetricResult) -> None:
         thresholds = [max(otsu_threshold(maps[token]) for token in word.tokens) for word in case.nouns.values()]
         if thresholds:
             for index, word in enumerate(case.words):
@@ -147,7 +149,7 @@ class F1IoU(Metric):
     name: ClassVar[str] = "f1_iou"
     columns: ClassVar[tuple[Column, ...]] = (_OBJ, _FUNC, Column("f1_iou", "F1-IoU", True, ("obj_iou", "func_iou")))
 
-    def measure(self, case: Case, explainer: Explainer, maps: Tensor, found: Measured) -> None:
+    def measure(self, case: AnsweredSample, explainer: Explainer, maps: Tensor, found: MetricResult) -> None:
         ObjectIoU().measure(case, explainer, maps, found)
         FunctionIoU().measure(case, explainer, maps, found)
 
@@ -167,7 +169,7 @@ class CompatibleIoU(Metric):
         Column("tam_f1_iou", "F1-IoU (TAM)", True, ("tam_obj_iou", "tam_func_iou")),
     )
 
-    def measure(self, case: Case, explainer: Explainer, maps: Tensor, found: Measured) -> None:
+    def measure(self, case: AnsweredSample, explainer: Explainer, maps: Tensor, found: MetricResult) -> None:
         levels = (maps / maps.max().clamp_min(1e-30) * 255).to(torch.uint8)
         masks = case.sample.categories
         number = {name: index for index, name in enumerate(masks, start=1)}
@@ -186,7 +188,7 @@ class CompatibleIoU(Metric):
 class _MaskMetric(Metric):
     """A number for a word's map, the mean of its tokens', and its mask."""
 
-    def measure(self, case: Case, explainer: Explainer, maps: Tensor, found: Measured) -> None:
+    def measure(self, case: AnsweredSample, explainer: Explainer, maps: Tensor, found: MetricResult) -> None:
         for index, (word, mask) in case.shown.items():
             found.add(self.name, index, self.compare(_mean_map(maps, word.tokens), mask))
 
@@ -239,7 +241,7 @@ class _RemovalMetric(Metric):
 
         of (str, optional): Whose probability, the ``'words'`` or the ``'answer'``.
                     Default: ``'words'``
-        imputation (str, optional): See :class:`~captum_intramodal.metrics.PictureRemoval`.
+        imputation (str, optional): See :class:`~captum_intramodal.metrics.ImageRemoval`.
                     Default: ``'blur'``; of ROAD ``'noisy_linear'``
         seed (int, optional): Of the noise, and of the order of equal values.
                     Default: 0
@@ -264,14 +266,14 @@ class _RemovalMetric(Metric):
             raise ValueError(f"of must be 'words' or 'answer', got {self.of!r}.")
         check_imputation(self.imputation)
 
-    def measure(self, case: Case, explainer: Explainer, maps: Tensor, found: Measured) -> None:
+    def measure(self, case: AnsweredSample, explainer: Explainer, maps: Tensor, found: MetricResult) -> None:
         targets: dict[int | str, tuple[Sequence[int], Tensor]] = {
             index: (word.tokens, _mean_map(maps, word.tokens)) for index, word in case.objects.items()
         }
         if self.of == ANSWER and targets:
             targets = {ANSWER: (range(len(maps)), torch.stack([map for _, map in targets.values()]).mean(0))}
         for where, (tokens, map) in targets.items():
-            removal = PictureRemoval(case.score(tokens), case.sample.image, self.imputation, self.seed)
+            removal = ImageRemoval(case.score(tokens), case.sample.image, self.imputation, self.seed)
             curve, values = self.remove(removal, removal.importance(map), case.fractions)
             for column, value in zip(self.columns, values, strict=True):
                 found.add(column.name, where, value)
@@ -280,7 +282,7 @@ class _RemovalMetric(Metric):
 
     @abstractmethod
     def remove(
-        self, removal: PictureRemoval, importance: np.ndarray, fractions: Sequence[float]
+        self, removal: ImageRemoval, importance: np.ndarray, fractions: Sequence[float]
     ) -> tuple[np.ndarray | None, tuple[float, ...]]:
         """A curve to draw, and a number for each column."""
 
@@ -293,7 +295,7 @@ class Insertion(_RemovalMetric):
     of_words: ClassVar[tuple[Column, ...]] = (Column("insertion", "insertion", True),)
 
     def remove(
-        self, removal: PictureRemoval, importance: np.ndarray, fractions: Sequence[float]
+        self, removal: ImageRemoval, importance: np.ndarray, fractions: Sequence[float]
     ) -> tuple[np.ndarray | None, tuple[float, ...]]:
         curve = insertion_curve(removal, importance, fractions, self.seed)
         return curve, (area_under_curve(curve, fractions),)
@@ -307,7 +309,7 @@ class Deletion(_RemovalMetric):
     of_words: ClassVar[tuple[Column, ...]] = (Column("deletion", "deletion", False), Column("aopc", "AOPC", True))
 
     def remove(
-        self, removal: PictureRemoval, importance: np.ndarray, fractions: Sequence[float]
+        self, removal: ImageRemoval, importance: np.ndarray, fractions: Sequence[float]
     ) -> tuple[np.ndarray | None, tuple[float, ...]]:
         curve = deletion_curve(removal, importance, fractions, self.seed)
         return curve, (area_under_curve(curve, fractions), aopc(curve))
@@ -323,7 +325,7 @@ class Road(_RemovalMetric):
     imputation: Imputation = "noisy_linear"
 
     def remove(
-        self, removal: PictureRemoval, importance: np.ndarray, fractions: Sequence[float]
+        self, removal: ImageRemoval, importance: np.ndarray, fractions: Sequence[float]
     ) -> tuple[np.ndarray | None, tuple[float, ...]]:
         inner = [fraction for fraction in fractions if 0 < fraction < 1]  # At the ends all maps are equal.
         return None, (road(removal, importance, inner, self.seed),)
@@ -342,7 +344,7 @@ class TextRemoval(Metric):
 
     seed: int = 0
 
-    def measure(self, case: Case, explainer: Explainer, maps: Tensor, found: Measured) -> None:
+    def measure(self, case: AnsweredSample, explainer: Explainer, maps: Tensor, found: MetricResult) -> None:
         picture, count = case.sample.image, len(case.answer_ids)
         try:
             text = explainer.explain_text(case.adapter, [picture], case.sample.prompt, case.answer_ids)  # type: ignore[attr-defined]
@@ -379,9 +381,9 @@ class Infidelity(Metric):
     samples: int = 20
     seed: int = 0
 
-    def measure(self, case: Case, explainer: Explainer, maps: Tensor, found: Measured) -> None:
+    def measure(self, case: AnsweredSample, explainer: Explainer, maps: Tensor, found: MetricResult) -> None:
         picture = case.sample.image
-        blurred = picture_tensor(Imputer(picture, "blur").nothing_kept())
+        blurred = image_to_tensor(Imputer(picture, "blur").nothing_kept())
         forward = PixelForward(case.adapter, case.sample.prompt, case.answer_ids, "token_log_probs")
         side = max(1, min(picture.size) // 3)
 
@@ -399,7 +401,7 @@ class Infidelity(Metric):
             value = infidelity(
                 lambda pixels, tokens=tokens: forward(pixels)[:, tokens].sum(1),
                 blur_squares,
-                picture_tensor(picture),
+                image_to_tensor(picture),
                 (map / 3).expand(1, 3, -1, -1),  # The sum over channels is the map.
                 n_perturb_samples=self.samples,
                 max_examples_per_batch=case.batch_size,
@@ -431,7 +433,7 @@ class Sensitivity(Metric):
     samples: int = 3
     seed: int = 0
 
-    def measure(self, case: Case, explainer: Explainer, maps: Tensor, found: Measured) -> None:
+    def measure(self, case: AnsweredSample, explainer: Explainer, maps: Tensor, found: MetricResult) -> None:
         words = list(case.objects.values())
         if not words or not float(maps.max()) > 0:
             return
@@ -444,7 +446,7 @@ class Sensitivity(Metric):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
             value = sensitivity_max(
-                explain, picture_tensor(case.sample.image), perturb_radius=self.radius, n_perturb_samples=self.samples
+                explain, image_to_tensor(case.sample.image), perturb_radius=self.radius, n_perturb_samples=self.samples
             )
         found.add("sensitivity", ANSWER, float(value))
 
@@ -467,13 +469,13 @@ class Randomization(Metric):
 
     seed: int = 0
 
-    def measure(self, case: Case, explainer: Explainer, maps: Tensor, found: Measured) -> None:
+    def measure(self, case: AnsweredSample, explainer: Explainer, maps: Tensor, found: MetricResult) -> None:
         words = list(case.objects.values())
         if not words or not np.ptp(torch.stack([_mean_map(maps, word.tokens) for word in words]).numpy()):
             return
 
         def explain() -> Tensor:
-            with shared_readings():  # Those of other weights are not its own.
+            with shared_passes():  # Those of other weights are not its own.
                 changed = explainer(case.adapter, [case.sample.image], case.sample.prompt, case.answer_ids)[0]
             return torch.stack([_mean_map(changed, word.tokens) for word in words])
 

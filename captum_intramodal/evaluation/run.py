@@ -22,15 +22,15 @@ import torch
 from transformers import PreTrainedModel
 
 from captum_intramodal._version import __version__
-from captum_intramodal.adapter import ModelAdapter
+from captum_intramodal.adapter.model_adapter import ModelAdapter
 from captum_intramodal.datasets import EvaluationDataset, Sample, open_dataset
-from captum_intramodal.evaluation.case import Case
+from captum_intramodal.evaluation.case import AnsweredSample
 from captum_intramodal.evaluation.leaderboard import Column, Leaderboard, make_leaderboard
-from captum_intramodal.evaluation.measures import Measured, Metric, make_metric
-from captum_intramodal.explainers import Explainer, make_explainer, shared_readings
-from captum_intramodal.hooks import evaluation_mode
+from captum_intramodal.evaluation.measures import Metric, MetricResult, make_metric
+from captum_intramodal.explainers import Explainer, make_explainer, shared_passes
 from captum_intramodal.metrics import FRACTIONS, area_under_curve, insertion_curve
-from captum_intramodal.metrics.words import Tagger
+from captum_intramodal.models.hooks import evaluation_mode
+from captum_intramodal.text.parts_of_speech import Tagger
 
 __all__ = ["DEFAULT_EXPLAINERS", "DEFAULT_METRICS", "evaluate"]
 
@@ -161,11 +161,11 @@ def evaluate(
             "fractions": list(fractions),
         }
     )
-    with nullcontext() if timing else shared_readings(compared.values()):
+    with nullcontext() if timing else shared_passes(compared.values()):
         for index in range(rank, len(dataset), world_size):
             if not run.has(index):
                 sample = dataset[index]
-                case = Case(
+                case = AnsweredSample(
                     adapter, sample, _answer(adapter, sample, answers, max_new_tokens), tagger, batch_size, fractions
                 )
                 run.write(index, _record(case, compared, measured, timing))
@@ -238,7 +238,9 @@ def _answer(adapter: ModelAdapter, sample: Sample, answers: str, max_new_tokens:
         return adapter.generate(adapter.prepare([sample.image], sample.prompt), max_new_tokens)
 
 
-def _record(case: Case, explainers: Mapping[str, Explainer], metrics: Sequence[Metric], timing: bool) -> dict[str, Any]:
+def _record(
+    case: AnsweredSample, explainers: Mapping[str, Explainer], metrics: Sequence[Metric], timing: bool
+) -> dict[str, Any]:
     record: dict[str, Any] = {
         "id": case.sample.id,
         "answer": case.answer,
@@ -260,7 +262,7 @@ def _record(case: Case, explainers: Mapping[str, Explainer], metrics: Sequence[M
             continue
         if timing:
             record["seconds"][label] = round(time.perf_counter() - start, 4)
-        found = Measured()
+        found = MetricResult()
         for metric in metrics:
             try:
                 metric.measure(case, explainer, maps, found)

@@ -1,18 +1,8 @@
 """Is an explanation true? Where maps point, what happens without what they point at, and how sure that is."""
 
-from captum_intramodal.metrics.faithfulness import (
-    FRACTIONS,
-    Imputer,
-    PictureRemoval,
-    TokenRemoval,
-    aopc,
-    area_under_curve,
-    deletion_curve,
-    insertion_curve,
-    noisy_linear_imputation,
-    road,
-)
-from captum_intramodal.metrics.localisation import (
+from captum_intramodal.functional.imputation import Imputer, noisy_linear_imputation
+from captum_intramodal.metrics.curves import FRACTIONS, aopc, area_under_curve, deletion_curve, insertion_curve, road
+from captum_intramodal.metrics.localization import (
     average_precision,
     energy_inside,
     f1_iou,
@@ -23,23 +13,24 @@ from captum_intramodal.metrics.localisation import (
     pointing_hit,
 )
 from captum_intramodal.metrics.randomization import RandomizationStep, randomization_check
+from captum_intramodal.metrics.removal import ImageRemoval, TokenRemoval
 from captum_intramodal.metrics.statistics import (
     Interval,
     bootstrap_interval,
     paired_bootstrap_difference,
     paired_permutation_test,
 )
-from captum_intramodal.metrics.tam_evaluation import FUNCTION_WORD, OTHER_NOUN, OTHER_WORD, TAMScores, tam_scores
-from captum_intramodal.metrics.words import match_categories, word_types
+from captum_intramodal.metrics.tam_scores import FUNCTION_WORD, OTHER_NOUN, OTHER_WORD, TAMScores, tam_scores
+from captum_intramodal.text.parts_of_speech import match_categories, word_types
 
 __all__ = [
     "FRACTIONS",
     "FUNCTION_WORD",
     "OTHER_NOUN",
     "OTHER_WORD",
+    "ImageRemoval",
     "Imputer",
     "Interval",
-    "PictureRemoval",
     "RandomizationStep",
     "TAMScores",
     "TokenRemoval",

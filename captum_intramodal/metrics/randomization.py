@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from captum_intramodal.decoder import decoder_layers
 from captum_intramodal.metrics.statistics import Array, Floats, finite
+from captum_intramodal.models.decoder import decoder_layers
 
 __all__ = ["RandomizationStep", "randomization_check"]
 

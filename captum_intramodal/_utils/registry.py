@@ -1,0 +1,110 @@
+r"""Named classes that anybody can extend: by a decorator, by an entry point of another package, or by a dotted name."""
+
+from __future__ import annotations
+
+import pkgutil
+from collections.abc import Callable, Iterator, Mapping
+from importlib.metadata import entry_points
+from typing import Any, TypeVar
+
+from captum_intramodal.errors import SpecError
+
+__all__ = ["Registry"]
+
+C = TypeVar("C", bound=type)
+
+
+class Registry(Mapping[str, Any]):
+    r"""
+    Map names to classes of one kind.
+
+    A class gets in by the decorator :meth:`register`, or by an entry point of an installed package in the group
+    ``captum_intramodal.<kind>s``; entry points are loaded when their name is first asked for.
+
+    Args:
+
+        kind (str): What the classes are, for messages and for the entry points' group: ``'explainer'``.
+        accepts (Callable): From a class to whether it is of this kind. Guards what other packages and dotted names
+                    supply.
+        expected (str): What ``accepts`` asks for, in words, for messages.
+
+    Examples::
+
+        >>> from captum_intramodal._utils.registry import Registry
+        >>> shapes = Registry("shape", lambda cls: hasattr(cls, "area"), "a class with a method area")
+        >>> @shapes.register("square")
+        ... class Square:
+        ...     def area(self) -> float:
+        ...         return 1.0
+        >>> list(shapes), shapes["square"] is Square, shapes.resolve("square") is Square
+        (['square'], True, True)
+    """
+
+    def __init__(self, kind: str, accepts: Callable[[type], bool], expected: str) -> None:
+        self.kind = kind
+        self.group = f"captum_intramodal.{kind}s"
+        self._accepts = accepts
+        self._expected = expected
+        self._classes: dict[str, Any] = {}
+
+    def register(self, name: str) -> Callable[[C], C]:
+        r"""
+        Return a class decorator that registers the class under a name.
+
+        Raises:
+            SpecError: the name is taken by another class.
+        """
+
+        def decorate(cls: C) -> C:
+            known = self._classes.get(name, cls)
+            if known is not cls and (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
+                raise SpecError(
+                    f"The {self.kind} {name!r} is registered already, as {known.__module__}.{known.__qualname__}."
+                )
+            self._classes[name] = cls
+            return cls
+
+        return decorate
+
+    def resolve(self, name: str) -> Any:
+        r"""
+        Return the class of a registered name, of an entry point, or of a dotted name (``package.module:Class`` or
+        ``package.module.Class``).
+
+        Raises:
+            SpecError: nothing of this name exists, or it is not a class of this kind.
+        """
+        if name in self:
+            return self[name]
+        if "." not in name and ":" not in name:
+            raise SpecError(f"There is no {self.kind} {name!r}; registered: {', '.join(self)}.")
+        try:
+            found = pkgutil.resolve_name(name)
+        except (ValueError, ImportError, AttributeError) as error:
+            raise SpecError(
+                f"{name!r} is neither a registered {self.kind} ({', '.join(self)}) nor the dotted name of a class: "
+                f"{type(error).__name__}: {error}"
+            ) from error
+        return self._checked(name, found)
+
+    def _checked(self, name: str, found: Any) -> Any:
+        if not isinstance(found, type) or not self._accepts(found):
+            raise SpecError(f"{name!r} is not a {self.kind}: expected {self._expected}, got {found!r:.80}.")
+        return found
+
+    def _entry_points(self) -> dict[str, Any]:
+        return {point.name: point for point in entry_points(group=self.group) if point.name not in self._classes}
+
+    def __getitem__(self, name: str) -> Any:
+        if name not in self._classes:
+            self._classes[name] = self._checked(name, self._entry_points()[name].load())
+        return self._classes[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._classes or name in self._entry_points()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter([*self._classes, *self._entry_points()])
+
+    def __len__(self) -> int:
+        return len(self._classes) + len(self._entry_points())

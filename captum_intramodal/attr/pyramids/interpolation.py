@@ -1,0 +1,53 @@
+r"""TODO."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from captum_intramodal.geometry.pixel_map import PixelMap
+
+__all__ = []
+
+
+def resize_nearest(value: Tensor, size: Sequence[int]) -> Tensor:
+    """The last dimensions brought to a size by nearest neighbour, in any dtype."""
+    for dim, new in zip(range(-len(size), 0), size, strict=True):
+        index = (torch.arange(new, device=value.device) + 0.5) * (value.shape[dim] / new)
+        value = value.index_select(dim, index.long())
+    return value
+
+
+def resize_linear(value: Tensor, size: Sequence[int]) -> Tensor:
+    """The last dimensions brought to a size linearly, at least in float32."""
+    mode = {1: "linear", 2: "bilinear", 3: "trilinear"}[len(size)]
+    old = value.shape[-len(size) :]
+    antialias = mode == "bilinear" and any(n < o for n, o in zip(size, old, strict=True))
+    stack = value.reshape(-1, 1, *old).to(torch.promote_types(value.dtype, torch.float32))
+    resized = F.interpolate(stack, size=tuple(size), mode=mode, align_corners=False, antialias=antialias)
+    return resized.to(value.dtype).reshape(*value.shape[: -len(size)], *size)
+
+
+def resample_pixel_values(values: Tensor, source: PixelMap, target: PixelMap, preserve_sum: bool) -> Tensor:
+    """Values at a pixel tensor's elements, interpolated at another's of the same pictures."""
+    leading = values.shape[: values.ndim - len(source.shape)]
+    flat = values.reshape(-1, *source.shape)
+    result = torch.zeros(len(flat), len(target.gain), device=values.device)
+    for image, ((width, height), size) in enumerate(zip(source.image_sizes, target.image_sizes, strict=True)):
+        seen = (source.gain != 0) & (source.image_index == image)
+        shown = ((target.gain != 0) & (target.image_index == image)).nonzero().flatten()
+        pitch = (source.upper - source.lower)[:, seen].median(1).values.tolist()
+        grid = (max(1, round(height / pitch[1])), max(1, round(width / pitch[0])))
+        # Sums and counts are interpolated alike, so that their ratio is a mean and empty cells count for nothing.
+        cells = torch.cat([source.fold(flat, grid, image), source.fold(torch.ones_like(flat[:1]), grid, image)])
+        centre = (target.lower + target.upper)[:, shown] / torch.tensor(size)[:, None] - 1
+        points = centre.T.to(cells)[None, None]
+        sampled = F.grid_sample(cells[None], points, mode="bilinear", padding_mode="border", align_corners=False)[
+            0, :, 0
+        ]
+        means = sampled[:-1] / sampled[-1:].clamp_min(1e-6)
+        result[:, shown.to(result.device)] = means * (float(seen.sum()) / len(shown)) if preserve_sum else means
+    return result.reshape(*leading, *target.shape).to(values.dtype)

@@ -1,0 +1,1 @@
+"""One call that explains an answer, and what it returns."""

@@ -1,0 +1,263 @@
+r"""What holds on a model that nobody has tried before: an explanation's assumptions, tested on the model itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from transformers import PreTrainedModel
+
+from captum_intramodal._utils.image import check_images, image_to_tensor
+from captum_intramodal.adapter.model_adapter import ModelAdapter
+from captum_intramodal.adapter.prompts import Prompt
+from captum_intramodal.adapter.trials import logits_gap
+from captum_intramodal.attr.pixel_forward import PixelForward
+from captum_intramodal.explanation.scale_maps import resize_pictures
+from captum_intramodal.explanation.scale_views import select_views
+from captum_intramodal.geometry.oracle import geometry_oracle
+from captum_intramodal.geometry.token_geometry import TokenGeometry
+from captum_intramodal.models.families import family_of
+from captum_intramodal.models.hooks import evaluation_mode
+
+__all__ = ["Check", "CheckReport", "check"]
+
+# Right boxes score 0.97 to 1 in the oracle; wrong ones hardly reach a half.
+ORACLE_PASSES = 0.9
+
+
+SIZE = (640, 400)
+
+
+@dataclass(frozen=True)
+class Check:
+    """One assumption.
+
+    Attributes:
+        name (str): what is assumed.
+        passed (bool, optional): whether it holds; None where the model gives nothing to test.
+        detail (str): what was measured, or what went wrong and what to do.
+        figures (dict): the numbers in it.
+    """
+
+    name: str
+    passed: bool | None
+    detail: str
+    figures: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class CheckReport:
+    """Result of :func:`check`.
+
+    Attributes:
+        model (str): class of the model.
+        checks (tuple[Check, ...]): in the order of their execution.
+    """
+
+    model: str
+    checks: tuple[Check, ...]
+
+    @property
+    def passed(self) -> bool:
+        """Whether nothing failed."""
+        return all(check.passed is not False for check in self.checks)
+
+    def __getitem__(self, name: str) -> Check:
+        return next(check for check in self.checks if check.name == name)
+
+    def __str__(self) -> str:
+        marks = {True: "ok  ", False: "FAIL", None: "--  "}
+        lines = [f"{marks[check.passed]}  {check.name:<16} {check.detail}" for check in self.checks]
+        return "\n".join([self.model, *lines])
+
+
+def check(
+    model: PreTrainedModel,
+    processor: Any,
+    image: Image.Image | None = None,
+    prompt: Prompt = "describe the picture.",
+    progress: Callable[[str], None] | None = None,
+) -> CheckReport:
+    r"""
+    Tests on a model what an explanation of its answers builds upon, in seconds on a small model.
+
+    - *geometry*: the visual token that reacts most to a small change of the picture has a box around the change
+      (:func:`~captum_intramodal.geometry.geometry_oracle`), far more often than with shuffled boxes;
+    - *logit lens*: the model's logits follow from its last decoder layer's output, and how;
+    - *teacher forcing*: one pass over prompt and answer predicts what ``generate`` answered;
+    - *scales*: at which factors the model sees something of its own, and whether the boxes hold there as well;
+    - *pixels*: gradients pass through the image processor, and the logits stay the model's own.
+
+    Args:
+
+        model (PreTrainedModel): An image-text-to-text model.
+        processor: Its processor.
+        image (PIL.Image.Image, optional): A picture of the size that matters.
+                    Default: None, a smooth random one of 640 x 400 pixels
+        prompt (str or Sequence[Mapping], optional): A question about one picture.
+                    Default: ``'describe the picture.'``
+        progress (Callable, optional): Called with a line of text before each step.
+                    Default: None
+
+    Returns:
+        CheckReport: prints as a table; ``report.passed`` and ``report["geometry"]`` in code.
+
+    Raises:
+        TypeError: not an image-text-to-text model and its processor, or not a picture.
+        ValueError: an empty prompt.
+
+    Examples::
+
+        >>> report = check(model, processor)
+        >>> print(report)
+        >>> report["geometry"].passed
+        True
+    """
+    adapter = ModelAdapter(model, processor)
+    (picture,) = check_images(_smooth_picture(SIZE) if image is None else image)
+    adapter.prompt_text(prompt, 1)
+    steps: dict[str, Callable[[ModelAdapter, Image.Image, Prompt], Check]] = {
+        "geometry": _check_geometry,
+        "logit lens": _check_lens,
+        "teacher forcing": _check_teacher_forcing,
+        "scales": _check_scales,
+        "pixels": _check_pixels,
+    }
+
+    def run() -> Iterator[Check]:
+        for name, step in steps.items():
+            if progress:
+                progress(f"Checking {name}")
+            try:
+                yield step(adapter, picture, prompt)
+            # Whatever a model that we have never seen raises is the finding.
+            except Exception as error:
+                yield Check(name, False, f"{type(error).__name__}: {' '.join(str(error).split())}")
+
+    with evaluation_mode(model):
+        return CheckReport(type(model).__name__, tuple(run()))
+
+
+def _smooth_picture(size: tuple[int, int]) -> Image.Image:
+    coarse = np.random.default_rng(0).integers(0, 256, (6, 8, 3), np.uint8)
+    return Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC)
+
+
+def _oracle(
+    adapter: ModelAdapter, picture: Image.Image, prompt: Prompt, geometry: TokenGeometry, blocks: int = 40
+) -> float:
+    return geometry_oracle(adapter.model, lambda images: adapter.prepare(images, prompt), [picture], geometry, blocks)
+
+
+def _check_geometry(adapter: ModelAdapter, picture: Image.Image, prompt: Prompt) -> Check:
+    try:
+        geometry = adapter.geometry([picture.size])
+    except ValueError as error:
+        adapter.pixel_maps([picture.size])
+        return Check("geometry", None, f"{error} Explained by its pixels")
+    counts = {kind: geometry.kinds.count(kind) for kind in dict.fromkeys(geometry.kinds)}
+    found = f"{len(geometry.kinds)} visual tokens ({', '.join(f'{n} {kind}' for kind, n in counts.items())})"
+    found += "" if geometry.argument is None else f" in {geometry.argument}"
+    if "local" not in counts:
+        return Check("geometry", None, f"{found}; none stands for a region of the picture. Explained by its pixels")
+    if family_of(adapter.model.config).code_raster_ends is not None:
+        return Check("geometry", None, f"{found}; codes that no small change of the picture moves", {"tokens": counts})
+    rate = _oracle(adapter, picture, prompt, geometry)
+    local = geometry.is_local.nonzero().flatten()
+    boxes = geometry.boxes.clone()
+    boxes[local] = boxes[local[torch.randperm(len(local), generator=torch.Generator().manual_seed(0))]]
+    chance = _oracle(adapter, picture, prompt, replace(geometry, boxes=boxes), blocks=16)
+    width, height = geometry.token_size
+    return Check(
+        "geometry",
+        rate >= ORACLE_PASSES,
+        f"{found} of {width:.0f} x {height:.0f} pixels; {rate:.0%} of changes lie in the box of the token that "
+        f"reacts most (shuffled boxes: {chance:.0%})",
+        {
+            "tokens": counts,
+            "argument": geometry.argument,
+            "token_size": [round(width, 1), round(height, 1)],
+            "oracle": rate,
+            "chance": chance,
+        },
+    )
+
+
+def _check_lens(adapter: ModelAdapter, picture: Image.Image, prompt: Prompt) -> Check:
+    lens = adapter.lens
+    way = {"fast": "head(norm(h))", "replay": "the model's own tail, replayed (slower)"}[lens.tail]
+    extra = "" if lens.factor == 1 else f", times {lens.factor:.4g}"
+    extra += "" if lens.cap is None else f", soft-capped at {lens.cap:g}"
+    return Check(
+        "logit lens",
+        True,
+        f"{way}{extra}; {len(lens.layers)} layers, vocabulary {lens.vocab_size}",
+        {"tail": lens.tail, "factor": lens.factor, "cap": lens.cap},
+    )
+
+
+def _check_teacher_forcing(adapter: ModelAdapter, picture: Image.Image, prompt: Prompt) -> Check:
+    inputs = adapter.prepare([picture], prompt)
+    answer, generated = adapter.generate_with_logits(inputs, max_new_tokens=16)
+    encoding = adapter.encode(inputs, answer)
+    forced = encoding.rows(adapter.run(encoding.inputs).logits[0])[-len(answer) - 1 : -1]
+    gap, tolerance = logits_gap(forced, generated), _tolerance(adapter.model.dtype)
+    return Check(
+        "teacher forcing",
+        gap <= tolerance,
+        f"the logits of one pass over prompt and answer differ from those of generate by {gap:.2%} of their spread "
+        f"({len(answer)} tokens; up to {tolerance:.0%} is rounding)",
+        {"gap": gap},
+    )
+
+
+def _tolerance(dtype: torch.dtype) -> float:
+    return 0.01 if dtype in (torch.float32, torch.float64) else 0.1
+
+
+def _check_scales(adapter: ModelAdapter, picture: Image.Image, prompt: Prompt) -> Check:
+    sights, _ = select_views(adapter, [picture], "auto", adapter.prepare([picture], prompt))
+    worst, sizes = 1.0, {}
+    for scale, sight in sights.items():
+        if not isinstance(sight, TokenGeometry):
+            return Check(
+                "scales", None, f"no tokens with a place; {', '.join(map(str, sights))} differ in their pixels"
+            )
+        sizes[scale] = [round(side / scale, 1) for side in sight.token_size]
+        if family_of(adapter.model.config).code_raster_ends is None:
+            resized = resize_pictures([picture], sight.image_sizes)[0]
+            worst = min(worst, _oracle(adapter, resized, prompt, sight, blocks=16))
+    listed = ", ".join(f"{scale:g}: {width:.0f} x {height:.0f}" for scale, (width, height) in sizes.items())
+    return Check(
+        "scales",
+        worst >= ORACLE_PASSES,
+        f"scales='auto' takes tokens of so many pixels of the original at scale {listed}; the boxes hold for at least "
+        f"{worst:.0%} of changes",
+        {"token_sizes": sizes, "oracle": worst},
+    )
+
+
+def _check_pixels(adapter: ModelAdapter, picture: Image.Image, prompt: Prompt) -> Check:
+    inputs = adapter.prepare([picture], prompt)
+    answer, _ = adapter.generate_with_logits(inputs, max_new_tokens=4)
+    forward = PixelForward(adapter, prompt, answer)
+    encoding = adapter.encode(inputs, forward.answer_ids)
+    expected = encoding.rows(adapter.run(encoding.inputs).logits[0])[-len(forward.answer_ids) - 1 : -1]
+    pixels = image_to_tensor(picture)
+    with torch.enable_grad():
+        pixels.requires_grad_()
+        logits = forward(pixels)
+        (gradient,) = torch.autograd.grad(logits[0, 0, answer[0]], pixels)
+    seen = float((gradient != 0).any(dim=1).float().mean())
+    gap = logits_gap(logits[0].detach(), expected)
+    return Check(
+        "pixels",
+        seen > 0 and gap < 0.1,
+        f"a gradient reaches {seen:.0%} of the picture's pixels; the logits differ from the ordinary path's by "
+        f"{gap:.2%} of their spread",
+        {"seen": seen, "gap": gap},
+    )

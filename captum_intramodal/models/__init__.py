@@ -1,0 +1,1 @@
+"""A transformers model alone: families, decoder, hooks, logit lens, rankings."""

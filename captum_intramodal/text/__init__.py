@@ -1,0 +1,1 @@
+"""Text without a model: character spans of tokens and words, parts of speech."""

@@ -1,0 +1,1 @@
+"""Explanations as a web page and as one sheet of images; HTML is escaped here."""

@@ -1,0 +1,1 @@
+"""The tests, one folder per package; helpers are in ``tests.testing``."""

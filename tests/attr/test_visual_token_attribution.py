@@ -1,0 +1,187 @@
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from captum.attr import (
+    LayerGradCam,
+    LayerGradientXActivation,
+    LayerIntegratedGradients,
+    NoiseTunnel,
+    Saliency,
+)
+from PIL import Image
+from torch import Tensor, nn
+
+from captum_intramodal import (
+    ARC,
+    MSEA,
+    LayerLogitLens,
+    ModelAdapter,
+    PixelForward,
+    VisualTokenAttribution,
+    draw_positions,
+    explain,
+)
+from captum_intramodal.attr.hidden_states import attribute_positions
+from tests.testing.tiny import tiny
+
+
+@cache
+def pixel_forward(model_type: str) -> PixelForward:
+    return PixelForward(ModelAdapter(*tiny(model_type)), "describe the picture", "a red dog")
+
+
+def targets_of(forward: PixelForward) -> list[tuple[int, int]]:
+    return list(enumerate(forward.answer_ids))
+
+
+def sequence(forward: PixelForward, picture: Tensor) -> Tensor:
+    ids: Tensor = forward.inputs(picture[0])["input_ids"][0]
+    return ids
+
+
+def test_a_raster_is_interpolated_between_its_centres() -> None:
+    forward, picture = pixel_forward("llava"), torch.rand(1, 3, 112, 112)
+    ids = sequence(forward, picture)
+    visual = forward.adapter.visual_positions(ids)
+    grid, values = torch.rand(2, 8, 8), torch.full((2, len(ids)), 9.0)
+    values[:, visual] = grid.flatten(1)
+    (maps,) = draw_positions(values, forward.adapter, ids, [(112, 112)])
+    halves = F.interpolate(grid[None], size=(16, 16), mode="bilinear")
+    assert torch.allclose(maps, F.interpolate(halves, size=(112, 112), mode="bilinear")[0], atol=0.02)
+
+
+@pytest.mark.parametrize("model_type", ["qwen2_vl", "llava", "smolvlm"])
+def test_a_token_is_drawn_where_it_looks(model_type: str) -> None:
+    forward, picture = pixel_forward(model_type), torch.rand(1, 3, 120, 160)
+    ids = sequence(forward, picture)
+    visual, geometry = forward.adapter.visual_positions(ids), forward.adapter.geometry([(160, 120)])
+    local = geometry.is_local.nonzero()[::5, 0]
+    values = torch.zeros(len(local), len(ids))
+    values[range(len(local)), visual[local]] = 1
+    (maps,) = draw_positions(values, forward.adapter, ids, [(160, 120)])
+    assert maps.shape == (len(local), 120, 160)
+    for one, (x0, y0, x1, y1) in zip(maps, geometry.boxes[local].tolist(), strict=True):
+        y, x = divmod(int(one.argmax()), 160)
+        assert x0 - 3 <= x <= x1 + 3 and y0 - 3 <= y <= y1 + 3
+
+
+def test_several_pictures() -> None:
+    adapter = pixel_forward("qwen2_vl").adapter
+    sizes = [(112, 56), (56, 84)]
+    inputs = adapter.prepare([Image.new("RGB", size, "gray") for size in sizes], "describe")
+    ids = inputs["input_ids"]
+    values = torch.zeros(3, 2, ids.shape[1])
+    values[..., adapter.visual_positions(ids[0])[-1]] = 1
+    first, second = draw_positions(values, adapter, ids, sizes)
+    assert first.shape == (3, 2, 56, 112) and second.shape == (3, 2, 84, 56)
+    assert first.max() == 0 and second[2, 1].argmax() > 40 * 56
+
+
+@pytest.mark.parametrize("size", [(112, 112), (64, 96)])
+@pytest.mark.parametrize("model_type", ["qwen2_vl", "llava"])
+def test_pixels_of_integral_methods_sum_to_visual_tokens(model_type: str, size: tuple[int, int]) -> None:
+    forward, picture = pixel_forward(model_type), torch.rand(1, 3, *size)
+    method = LayerIntegratedGradients(forward, forward.adapter.lens.layers[0])
+    options: dict[str, Any] = {"target": targets_of(forward)[1], "n_steps": 2}
+    values = attribute_positions(method, picture, "sum", **options)
+    visual = forward.adapter.visual_positions(sequence(forward, picture))
+    total = VisualTokenAttribution(method).attribute(picture, **options).sum()
+    assert abs(total - values[0, visual].sum()) < 0.03 * values[0, visual].abs().sum()
+
+
+def test_methods_that_do_not_multiply_keep_their_values() -> None:
+    forward, picture = pixel_forward("llava"), torch.rand(2, 3, 112, 112)
+    method = LayerGradCam(forward, forward.adapter.lens.layers[1])
+    maps = VisualTokenAttribution(method).attribute(picture, target=targets_of(forward)[1])
+    assert maps.shape == (2, 1, 112, 112) and not maps.requires_grad
+    for one, single in zip(maps, picture.split(1), strict=True):
+        values = attribute_positions(method, single, "sum", target=targets_of(forward)[1])
+        (drawn,) = draw_positions(values, forward.adapter, sequence(forward, picture), [(112, 112)])
+        assert torch.allclose(one, drawn, atol=1e-6)
+
+
+def test_the_logit_lens_over_the_picture_is_explains() -> None:
+    forward = pixel_forward("qwen2_vl")
+    image = Image.effect_mandelbrot((140, 112), (-2, -1.5, 1, 1.5), 40).convert("RGB")
+    picture = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None] / 255
+    adapter = forward.adapter
+    method = VisualTokenAttribution(LayerLogitLens(forward, adapter.lens.layers[-1]))
+    options: dict[str, Any] = {"answer": forward.answer_ids, "scales": (1.0,)}
+    plain = explain(adapter.model, adapter.processor, image, "describe the picture", arc=None, **options)
+    for (index, token), heat in zip(targets_of(forward), map(plain.heatmap, range(3)), strict=True):
+        ours = method.attribute(picture, target=(index, token))[0, 0].numpy()
+        assert np.corrcoef(ours.ravel(), np.asarray(heat).ravel())[0, 1] > 0.99
+
+
+@pytest.mark.parametrize("inner", ["logit_lens", "grad_cam"])
+def test_arc_around_msea_around_a_layer(inner: str) -> None:
+    forward, picture = pixel_forward("qwen2_vl"), torch.rand(1, 3, 84, 112)
+    layer, targets = forward.adapter.lens.layers[-1], targets_of(forward)
+    method = VisualTokenAttribution((LayerLogitLens if inner == "logit_lens" else LayerGradCam)(forward, layer))
+    arc = ARC(MSEA(method, scales=(1.0, 1.5)))
+    actual = arc.attribute_all(picture)
+    larger = F.interpolate(picture, size=(126, 168), mode="bilinear")
+    maps = []
+    for target in targets:
+        above = F.interpolate(method.attribute(larger, target=target), size=(84, 112), mode="bilinear", antialias=True)
+        maps.append((method.attribute(picture, target=target) + above) / 2)
+    assert actual.shape == (3, 1, 84, 112)
+    assert torch.allclose(actual, arc.suppress(torch.cat(maps), arc.forward_context(picture)), atol=1e-5)
+
+
+def test_msea_around_arc_around_a_layer() -> None:
+    forward, picture = pixel_forward("qwen2_vl"), torch.rand(1, 3, 84, 112)
+    arc = ARC(VisualTokenAttribution(LayerGradientXActivation(forward, forward.adapter.lens.layers[1])))
+    actual = MSEA(arc, scales=(1.0, 1.5)).attribute(picture, target=targets_of(forward)[2])
+    at_one = arc.attribute_all(picture)[2:]
+    above = arc.attribute_all(F.interpolate(picture, size=(126, 168), mode="bilinear"))[2:]
+    # A method that multiplies by inputs: the sum is kept on the way back.
+    back = 1.5**2 * F.interpolate(above, size=(84, 112), mode="bilinear", antialias=True)
+    assert torch.allclose(actual, (at_one + back) / 2, atol=1e-6)
+
+
+def test_msea_around_positions_is_refused() -> None:
+    forward, picture = pixel_forward("qwen2_vl"), torch.rand(1, 3, 84, 112)
+    arc = ARC(LayerGradientXActivation(forward, forward.adapter.lens.layers[1]))
+    with pytest.raises(ValueError, match="cannot be aligned"):
+        MSEA(arc, scales=(1.0, 1.5)).attribute(picture, target=targets_of(forward)[1])
+
+
+def test_noise_tunnel_outside_and_inside() -> None:
+    forward, picture = pixel_forward("llava"), torch.rand(1, 3, 64, 96)
+    layer = LayerGradientXActivation(forward, forward.adapter.lens.layers[1])
+    quiet: dict[str, Any] = {"nt_samples": 2, "stdevs": 0.0, "target": targets_of(forward)[1]}
+    outside = NoiseTunnel(VisualTokenAttribution(layer)).attribute(picture, **quiet)
+    inside = VisualTokenAttribution(NoiseTunnel(layer)).attribute(picture, **quiet)
+    expected = VisualTokenAttribution(layer).attribute(picture, target=targets_of(forward)[1])
+    assert torch.allclose(outside, expected, atol=1e-6) and torch.allclose(inside, expected, atol=1e-6)
+
+
+def test_tuple_in_tuple_out() -> None:
+    forward, picture = pixel_forward("llava"), torch.rand(1, 3, 64, 96)
+    method = VisualTokenAttribution(LayerGradCam(forward, forward.adapter.lens.layers[1]))
+    assert isinstance(method.attribute((picture,), target=targets_of(forward)[0]), tuple)
+
+
+def test_misuse() -> None:
+    forward, picture = pixel_forward("llava"), torch.rand(1, 3, 64, 96)
+    adapter, ids = forward.adapter, sequence(forward, picture)
+    with pytest.raises(TypeError, match="LayerAttribution"):
+        VisualTokenAttribution(Saliency(forward))
+    with pytest.raises(TypeError, match="PixelForward"):
+        VisualTokenAttribution(LayerGradCam(net := nn.Linear(2, 2), net))
+    projector = adapter.model.get_submodule("model.multi_modal_projector")
+    with pytest.raises(ValueError, match="module of the decoder"):
+        VisualTokenAttribution(LayerGradientXActivation(forward, projector)).attribute(picture, target=(0, 5))
+    with pytest.raises(ValueError, match="3 values for a sequence"):
+        draw_positions(torch.rand(1, 3), adapter, ids, [(96, 64)])
+    with pytest.raises(ValueError, match="visual tokens, but pictures"):
+        draw_positions(torch.rand(1, len(ids)), adapter, ids, [(96, 64), (96, 64)])
+    with pytest.raises(NotImplementedError):
+        VisualTokenAttribution(LayerGradCam(forward, adapter.lens.layers[1])).attribute_future()

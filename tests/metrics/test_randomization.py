@@ -1,0 +1,164 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from captum_intramodal import ModelAdapter
+from captum_intramodal.adapter.answer_scorer import AnswerScorer
+from captum_intramodal.demo import CHECKPOINT, PICTURES
+from captum_intramodal.metrics import randomization_check
+from captum_intramodal.models.decoder import decoder_layers
+from tests.testing.families import build
+
+
+def network(dtype: torch.dtype = torch.float32) -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(30, 20), nn.Tanh(), nn.Linear(20, 20), nn.Tanh(), nn.Linear(20, 1)).to(dtype)
+
+
+def gradient(net: nn.Module) -> Callable[[], Tensor]:
+    dtype = next(net.parameters()).dtype
+    inputs = torch.randn(8, 30, generator=torch.Generator().manual_seed(1)).to(dtype).requires_grad_()
+    return lambda: torch.autograd.grad(net(inputs).sum(), inputs)[0].float()
+
+
+def bits(module: nn.Module) -> list[Tensor]:
+    return [parameter.detach().contiguous().view(torch.uint8).clone() for parameter in module.parameters()]
+
+
+def same(a: list[Tensor], b: list[Tensor]) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def test_correlations_are_scipys_of_the_maps_that_explain_returned() -> None:
+    stats = pytest.importorskip("scipy.stats")
+    net, maps = network(), []
+
+    def explain() -> Tensor:
+        maps.append(gradient(net)().round(decimals=2))  # with ties
+        return maps[-1]
+
+    steps = randomization_check(net, explain)
+    assert [step.layer for step in steps] == ["4", "2", "0"] and len(maps) == 4
+    for step, map in zip(steps, maps[1:], strict=True):
+        assert step.rank_correlation == pytest.approx(stats.spearmanr(maps[0].ravel(), map.ravel()).statistic)
+        assert step.correlation == pytest.approx(stats.pearsonr(maps[0].ravel(), map.ravel()).statistic)
+
+
+def test_a_gradient_is_lost_and_a_map_of_the_input_alone_is_not() -> None:
+    net = network()
+    old = bits(net)
+    assert abs(randomization_check(net, gradient(net))[-1].rank_correlation) < 0.3
+    picture = torch.randn(7, 9, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    # Up to scale, however large or small, and offset.
+    for scale, expected in ((1.0, 1), (1e200, 1), (-1e-200, -1), (0.0, 0)):
+        steps = randomization_check(net, lambda s=scale: picture if same(bits(net), old) else picture * s)  # type: ignore[misc]
+        assert [step[1:] for step in steps] == [pytest.approx((expected, expected))] * 3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_layers_are_shuffled_from_the_top_and_given_back(dtype: torch.dtype) -> None:
+    net = network(dtype)
+    old, random_state, seen = bits(net), torch.get_rng_state(), []
+    first = net[0].weight
+    first.requires_grad_(False)
+    first.grad = torch.ones_like(first)
+
+    def explain() -> Tensor:
+        seen.append([parameter.detach().clone() for parameter in net.parameters()])
+        return gradient(net)()
+
+    steps = randomization_check(net, explain, seed=3)
+    for done, weights in enumerate(seen):
+        for index, (now, was) in enumerate(zip(weights, seen[0], strict=True)):
+            if now.numel() > 1:
+                assert torch.equal(now, was) == (index < 6 - 2 * done)
+            torch.testing.assert_close(now.ravel().sort().values, was.ravel().sort().values, rtol=0, atol=0)
+    assert same(bits(net), old) and torch.equal(torch.get_rng_state(), random_state)
+    assert not first.requires_grad and first.grad is not None and bool((first.grad == 1).all())
+    assert net[2].weight.requires_grad and net[0].weight is first
+    assert randomization_check(net, gradient(net), seed=3) == steps != randomization_check(net, gradient(net), seed=4)
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_weights_are_given_back_after_exceptions(error: type[BaseException]) -> None:
+    net = network()
+    old, calls = bits(net), []
+
+    def explain() -> Tensor:
+        calls.append(bits(net))
+        if len(calls) == 3:
+            raise error
+        return gradient(net)()
+
+    with pytest.raises(error):
+        randomization_check(net, explain)
+    assert not same(calls[2], old) and same(bits(net), old)
+
+
+def test_shared_weights_are_given_back() -> None:
+    net = network()
+    net[2].weight = nn.Parameter(net[2].weight.detach().clone())
+    twice = nn.Sequential(*net[:3], nn.Tanh(), nn.Linear(20, 20), net[4])
+    twice[4].weight = net[2].weight
+    old = bits(twice)
+    assert len(randomization_check(twice, gradient(twice), layers=[twice[4], twice[2]])) == 2
+    assert same(bits(twice), old)
+
+
+def test_wrong_input_is_named() -> None:
+    net = network()
+    shapes = iter([(2, 3), (3, 2)])
+    with pytest.raises(ValueError, match=r"shape \(2, 3\), without '4' it has \(3, 2\)"):
+        randomization_check(net, lambda: torch.arange(6.0).reshape(next(shapes)))
+    with pytest.raises(ValueError, match=r"one value everywhere, 1\.0"):
+        randomization_check(net, lambda: torch.ones(3))
+    with pytest.raises(ValueError, match="not a module of Sequential"):
+        randomization_check(net, gradient(net), layers=[nn.Linear(2, 2)])
+    with pytest.raises(ValueError, match="'1' has no weights here"):
+        randomization_check(net, gradient(net), layers=[net[1]])
+    with pytest.raises(ValueError, match="no layer"):
+        randomization_check(net, gradient(net), layers=[])
+    with pytest.raises(ValueError, match="they are offloaded"):
+        randomization_check(net.to("meta"), lambda: torch.arange(3.0))
+
+
+def test_parts_of_a_multimodal_model_from_its_head_to_its_vision_tower() -> None:
+    model = AutoModelForImageTextToText.from_pretrained(CHECKPOINT, dtype=torch.float32)
+    adapter = ModelAdapter(model, AutoProcessor.from_pretrained(CHECKPOINT))
+    scorer = AnswerScorer(adapter, "describe the picture.", "a dog and a cat.")
+    shown = [Image.open(PICTURES[0]).convert("RGB"), Image.new("RGB", (96, 96), "gray")]
+    old, scores = bits(model), scorer.log_probability(shown)
+    steps = randomization_check(model, lambda: scorer.log_probability(shown))
+    names = dict(model.named_modules())
+    decoder = model.get_decoder()
+    layers = [model.lm_head, decoder.norm, *reversed(decoder.layers), decoder.embed_tokens, model.model.visual]
+    assert [names[step.layer] for step in steps] == layers
+    assert {p for layer in layers for p in layer.parameters()} == set(model.parameters())
+    assert steps[-1].rank_correlation < 0.9 and np.isfinite([step[1:] for step in steps]).all()
+    assert same(bits(model), old)
+    torch.testing.assert_close(scorer.log_probability(shown), scores, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("family", "head", "eyes"),
+    [
+        ("blip", "text_decoder.cls", "vision_model"),
+        ("llava_next", "lm_head", "model.vision_tower"),
+        ("mllama", "lm_head", "model.vision_model"),
+        ("t5gemma2", "lm_head", "model.encoder"),
+    ],
+)
+def test_heads_come_first_and_what_reads_pictures_last(family: str, head: str, eyes: str) -> None:
+    model = build(family)[0]
+    steps = randomization_check(model, lambda: torch.arange(3.0))
+    layers = [step.layer for step in steps]
+    decoder = [name for name, module in model.named_modules() if module in set(decoder_layers(model))]
+    assert layers[0] == head and layers[-1] == eyes
+    assert [layer for layer in layers if layer in decoder] == decoder[::-1]
