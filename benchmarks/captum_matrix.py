@@ -45,8 +45,8 @@ class Column:
 
     Attributes:
         name (str): heading.
-        forward (nn.Module): from pictures (N, 3, height, width) to scores.
-        picture (Tensor): float (1, 3, height, width) in [0, 1].
+        forward (nn.Module): from images (N, 3, height, width) to scores.
+        image (Tensor): float (1, 3, height, width) in [0, 1].
         target: Captum's target.
         layer (nn.Module): for Layer* and Neuron* methods.
         neuron (tuple): a neuron of the layer.
@@ -57,7 +57,7 @@ class Column:
 
     name: str
     forward: nn.Module
-    picture: Tensor
+    image: Tensor
     target: Any
     layer: nn.Module
     neuron: tuple[int, ...]
@@ -71,13 +71,13 @@ class Column:
 
     @property
     def segments(self) -> Tensor:
-        height, width = self.picture.shape[2:]
+        height, width = self.image.shape[2:]
         rows, columns = (torch.arange(n) * SEGMENTS // n for n in (height, width))
         return (rows[:, None] * SEGMENTS + columns)[None, None]
 
     @property
     def window(self) -> tuple[int, ...]:
-        height, width = self.picture.shape[2:]
+        height, width = self.image.shape[2:]
         return (3, -(-height // SEGMENTS), -(-width // SEGMENTS))
 
 
@@ -109,7 +109,7 @@ def on_neuron(method: type, **arguments: Any) -> Row:
 def with_distribution(method: type, **arguments: Any) -> Row:
     return Row(
         lambda c: method(c.forward),
-        lambda c: {"target": c.target, "baselines": torch.rand(2, *c.picture.shape[1:]), **arguments},
+        lambda c: {"target": c.target, "baselines": torch.rand(2, *c.image.shape[1:]), **arguments},
     )
 
 
@@ -178,10 +178,10 @@ class ConvNet(nn.Module):
 
 def cnn() -> Column:
     net = ConvNet().eval()
-    picture = torch.rand(1, 3, 32, 24)
-    activation = net.conv2(net.pool1(net.relu1(net.conv1(picture))))[0]
+    image = torch.rand(1, 3, 32, 24)
+    activation = net.conv2(net.pool1(net.relu1(net.conv1(image))))[0]
     active = tuple(int(i) for i in torch.unravel_index(activation.argmax(), activation.shape))
-    return Column("CNN", net, picture, 1, net.conv2, active, net.conv2)
+    return Column("CNN", net, image, 1, net.conv2, active, net.conv2)
 
 
 class Logits(nn.Module):
@@ -244,15 +244,15 @@ def cell(row: Row, column: Column) -> str:
     if row.needs_spatial and column.spatial is None:
         return "GradCAM needs a layer with outputs (N, C, height, width); this model has tokens."
     method, arguments = row.make(column), row.arguments(column)
-    picture = column.picture
+    image = column.image
     if isinstance(method, ca.FeaturePermutation):
-        picture = torch.cat([picture, picture.flip(3), picture.flip(2)])  # which permutes examples
-    own, error = attempt(lambda: method.attribute(picture, **arguments))
+        image = torch.cat([image, image.flip(3), image.flip(2)])  # which permutes examples
+    own, error = attempt(lambda: method.attribute(image, **arguments))
     if error:
         return f"Captum alone: {error}"
 
     def works(pyramid: Pyramid) -> str | None:
-        result, error = attempt(lambda: MSEA(method, SCALES, pyramid=pyramid).attribute(picture, **arguments))
+        result, error = attempt(lambda: MSEA(method, SCALES, pyramid=pyramid).attribute(image, **arguments))
         if error:
             return error
         shapes = [[tuple(tensor.shape) for tensor in tensors] for tensors in (result, own)]

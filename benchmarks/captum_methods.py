@@ -64,15 +64,15 @@ def methods(forward: PixelForward) -> dict[str, tuple[Attribution, dict[str, Any
     }
 
 
-def attribute(method: Attribution, forward: PixelForward, picture: Tensor, options: dict[str, Any]) -> Tensor:
+def attribute(method: Attribution, forward: PixelForward, image: Tensor, options: dict[str, Any]) -> Tensor:
     """Maps of all tokens of the answer, float32 (tokens, height, width), clipped at 0."""
     torch.manual_seed(0)
     if isinstance(method, GradientShap) or isinstance(getattr(method, "attribution_method", None), GradientShap):
-        options = options | {"baselines": torch.stack([torch.zeros_like(picture[0]), torch.full_like(picture[0], 0.5)])}
+        options = options | {"baselines": torch.stack([torch.zeros_like(image[0]), torch.full_like(image[0], 0.5)])}
     if options.get("n_targets"):  # All at once.
-        maps: Tensor = method.attribute(picture, target=torch.tensor([forward.answer_ids]))[0]
+        maps: Tensor = method.attribute(image, target=torch.tensor([forward.answer_ids]))[0]
         return maps.clamp_min(0)
-    each = [method.attribute(picture, target=target, **options).detach().sum(1) for target in forward.targets]
+    each = [method.attribute(image, target=target, **options).detach().sum(1) for target in forward.targets]
     return torch.cat(each).clamp_min(0)
 
 
@@ -101,13 +101,13 @@ def explain(
 ) -> dict[str, dict[str, float]]:
     forward = PixelForward(adapter, PROMPT, answer_ids)
     scorer = AnswerScorer(adapter, PROMPT, answer_ids)
-    picture = image_to_tensor(scene.image)
-    relevance = ARC(next(iter(methods(forward).values()))[0]).forward_context(picture)
+    image = image_to_tensor(scene.image)
+    relevance = ARC(next(iter(methods(forward).values()))[0]).forward_context(image)
     suppressor = ARC(model=adapter.lens)
     scores = {}
     for name, (method, options) in methods(forward).items():
-        plain = attribute(method, forward, picture, options)
-        wrapped = attribute(MSEA(method, scales=SCALES), forward, picture, options)
+        plain = attribute(method, forward, image, options)
+        wrapped = attribute(MSEA(method, scales=SCALES), forward, image, options)
         for label, maps in {
             name: plain,
             f"MSEA({name})": wrapped,
@@ -125,8 +125,8 @@ def score(maps: Tensor, scene: Scene, scorer: AnswerScorer, named: dict[int, str
         values["pointing"].append(pointing_hit(maps[token], mask))
         values["Obj-IoU"].append(object_iou(maps[token], mask))
 
-        def probability(pictures: list[Any], token: int = token) -> Tensor:
-            return scorer.log_probability(pictures)[:, token].exp()
+        def probability(images: list[Any], token: int = token) -> Tensor:
+            return scorer.log_probability(images)[:, token].exp()
 
         removal = ImageRemoval(probability, scene.image)
         importance = removal.importance(maps[token])

@@ -2,7 +2,7 @@ r"""What does explaining cost, beside answering?
 
     python benchmarks/cost.py --tam PATH_TO_TAM --out benchmarks/results/cost.md
 
-One process, the same work: a Qwen2-VL-type model with random weights reads a picture and answers. Times are medians
+One process, the same work: a Qwen2-VL-type model with random weights reads an image and answers. Times are medians
 of several runs that take turns, with the smallest and largest. Peak memory is that of a separate run, beyond what is
 held before it: on a CPU the live bytes of PyTorch's allocator, counted from its profiler's record of every allocation,
 which depends neither on the C library's habit of keeping memory nor on when one looks; on a GPU
@@ -61,7 +61,7 @@ from captum_intramodal.adapter.prefix_cache import visual_states
 from captum_intramodal.adapter.text_tokens import TextTokens
 from captum_intramodal.explanation.activations import Activations
 from captum_intramodal.explanation.explain import relate, suppress_together
-from captum_intramodal.explanation.scale_maps import TokenScaleMaps, resize_pictures
+from captum_intramodal.explanation.scale_maps import TokenScaleMaps, resize_images
 from captum_intramodal.functional.aggregation import DEFAULT_SCALES, normalized_weights
 from captum_intramodal.functional.rank_overlap import pairwise_rank_biased_overlap
 from captum_intramodal.functional.rasterize import raster_grid, rasterize
@@ -173,7 +173,7 @@ def build(shape: Shape, dtype: torch.dtype, device: str) -> ModelAdapter:
     return ModelAdapter(model, processor)
 
 
-def picture(visual_tokens: int) -> Image.Image:
+def noise_image(visual_tokens: int) -> Image.Image:
     """Noise, of so many visual tokens."""
     rows = 2 ** (visual_tokens.bit_length() // 2 - (visual_tokens.bit_length() % 2 == 0))
     while visual_tokens % rows:
@@ -270,7 +270,7 @@ class OwnTAM:
     def __call__(
         self, adapter: ModelAdapter, states: Tensor, ids: list[int], prompt: int, image: Image.Image
     ) -> list[np.ndarray]:
-        """From the normed last states (positions, D); returns the maps before they become 8-bit pictures."""
+        """From the normed last states (positions, D); returns the maps before they become 8-bit images."""
         model, tokenizer = adapter.model, adapter.tokenizer
         logits = [model.lm_head(states[None, :prompt])]
         logits += [model.lm_head(states[None, i : i + 1]) for i in range(prompt, len(states))]
@@ -317,7 +317,7 @@ def our_tam(
 
 @dataclass(frozen=True)
 class Said:
-    """What the last layer said of a picture and an answer, and where its visual tokens are."""
+    """What the last layer said of an image and an answer, and where its visual tokens are."""
 
     lens: LogitLens
     visual: Tensor
@@ -330,7 +330,7 @@ class Said:
     def random(cls, lens: LogitLens, visual_tokens: int, text_tokens: int, n_answer: int) -> Said:
         generator = torch.Generator().manual_seed(0)
         device, dtype = lens._weight.device, lens._weight.dtype
-        image = picture(visual_tokens)
+        image = noise_image(visual_tokens)
         rows, columns = image.height // TOKEN, image.width // TOKEN
         row, column = torch.arange(visual_tokens) // columns, torch.arange(visual_tokens) % columns
         boxes = TOKEN * torch.stack([column, row, column + 1, row + 1], dim=1).float()
@@ -349,7 +349,7 @@ class Said:
         positions = torch.arange(count)
         activation = self.lens.activation(self.visual, self.ids).T.clamp_min(0).cpu()
         return Activations(
-            pictures=[Image.new("RGB", self.geometry.image_sizes[0])],
+            images=[Image.new("RGB", self.geometry.image_sizes[0])],
             text=TextTokens(positions, self.ids, positions[:, None], torch.ones(count, dtype=torch.bool), "", ""),
             levels=[TokenScaleMaps(1.0, activation, self.geometry)],
             method="logit_lens",
@@ -533,14 +533,14 @@ class Bench:
         """MSEA against the passes that it cannot avoid."""
         adapter, layer = self.adapter, self.adapter.lens.layers[-1]
         sizes = [[(round(self.image.width * s), round(self.image.height * s))] for s in DEFAULT_SCALES]
-        shown = [resize_pictures([self.image], size) for size in sizes]
+        shown = [resize_images([self.image], size) for size in sizes]
 
         def unavoidable() -> None:
-            """The originals with the answer, and pictures at the other scales as far as they reach."""
+            """The originals with the answer, and images at the other scales as far as they reach."""
             with quiet(adapter):
                 run_layers(lambda: adapter.run(self.encoding.inputs), [layer], lambda hidden: hidden[:, :1])
-                for pictures in shown[1:]:
-                    visual_states(adapter, adapter.prepare(pictures, PROMPT), layer)
+                for images in shown[1:]:
+                    visual_states(adapter, adapter.prepare(images, PROMPT), layer)
 
         works = {
             "vision + visual prefix at 3 scales, answer": unavoidable,
@@ -552,8 +552,8 @@ class Bench:
         self.report.add(*table(RATIO, [self._ratio("MSEA + ARC : its passes", msea, passes, 1.1)]))
 
     def behind_text(self, runs: int, tokens: int = 1024, visual_tokens: int = 256) -> None:
-        """A picture that comes after a long text, which is read once instead of once per scale."""
-        image = picture(visual_tokens)
+        """An image that comes after a long text, which is read once instead of once per scale."""
+        image = noise_image(visual_tokens)
         content = [{"type": "text", "text": " ".join([PROMPT] * (tokens // 4))}, {"type": "image"}]
 
         def read(least: int) -> None:
@@ -574,7 +574,7 @@ class Bench:
             work()  # What is found out once.
         costs = self.compare(works, runs)
         self.report.costs(
-            f"### {tokens} tokens of text before a picture of {visual_tokens} visual tokens, MSEA at 3 scales + ARC",
+            f"### {tokens} tokens of text before an image of {visual_tokens} visual tokens, MSEA at 3 scales + ARC",
             costs,
         )
         apart, once = costs.values()
@@ -747,7 +747,7 @@ def growth(
                 }
                 # TAM's own code takes minutes on the larger ones.
                 if own is not None and name == "visual tokens" and value < 4096:
-                    image = picture(wanted["visual tokens"])
+                    image = noise_image(wanted["visual tokens"])
                     inputs = adapter.prepare([image], PROMPT)
                     encoding = adapter.encode(inputs, said.ids[-n:].tolist())
                     states = torch.randn(len(encoding.input_ids) - 1, hidden, device=device).to(dtype)
@@ -830,7 +830,7 @@ def main(
     )
     if set(chosen) - {"growth"}:
         adapter = build(shape, torch_dtype, device)
-        bench = Bench(adapter, picture(visual_tokens), answer_tokens, report)
+        bench = Bench(adapter, noise_image(visual_tokens), answer_tokens, report)
         forward = bench.answering(runs) if "answering" in chosen else None
         if "generating" in chosen:
             bench.generating(3 * runs)  # What is to be seen is as small as the spread.

@@ -36,8 +36,8 @@ def object_words_right(given: str, scene: Scene, vocabulary: set[str]) -> tuple[
     return sum(a == b for a, b in zip(said, true, strict=False)), max(len(said), len(true))
 
 
-def colours_right(given: str, scene: Scene) -> tuple[int, int]:
-    phrases = [f"{item.colour} {item.name}" for item in scene.objects if item.colour]
+def colors_right(given: str, scene: Scene) -> tuple[int, int]:
+    phrases = [f"{item.color} {item.name}" for item in scene.objects if item.color]
     return sum(phrase in given for phrase in phrases), len(phrases)
 
 
@@ -65,7 +65,7 @@ def main(
             of = {1: "1 object", 5: "5 objects"}.get(objects[0], "2 to 4 objects")
             count(f"describe, {of}: object words", *object_words_right(described, scene, set(classes)))
             count(f"describe, {of}: whole answer", int(described == scene.description), 1)
-            count("describe: colour and object", *colours_right(described, scene))
+            count("describe: color and object", *colors_right(described, scene))
             if objects == (2, 4):
                 exists = scene.exists_question(rng, classes)
                 given = answer(adapter, scene, exists)

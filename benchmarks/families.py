@@ -3,7 +3,7 @@ r"""What works on which model type of ``AutoModelForImageTextToText``: the table
     python benchmarks/families.py --out benchmarks/results/families.md
 
 Each type is a tiny random model of the real class with its real processor (tests/testing/families.py), in a process of its
-own: an explanation of one picture, of two and of a video, and everything that :func:`captum_intramodal.check` tests.
+own: an explanation of one image, of two and of a video, and everything that :func:`captum_intramodal.check` tests.
 """
 
 from __future__ import annotations
@@ -36,27 +36,27 @@ METHODS = {
 }
 QUESTION, ANSWER = "describe the picture", "a red cat"
 EXPLANATION = """Printed by `python benchmarks/families.py`, on tiny random models of the real classes with their real
-processors and a picture of 640 x 400 pixels (video: four frames of 320 x 200). *Oracle*: how often the token that
-reacts most to a small change of the picture has a box around the change, in brackets with shuffled boxes. *Lens*:
+processors and an image of 640 x 400 pixels (video: four frames of 320 x 200). *Oracle*: how often the token that
+reacts most to a small change of the image has a box around the change, in brackets with shuffled boxes. *Lens*:
 `head(norm(h))` where that gives the model's own logits, else the model's own tail, replayed. *Scales*: what
-`scales="auto"` takes for that picture. *Explained by*: the logit lens at visual tokens in the decoder's sequence;
+`scales="auto"` takes for that image. *Explained by*: the logit lens at visual tokens in the decoder's sequence;
 activation x gradient at visual tokens elsewhere, in the argument of the decoder's blocks that is named; else input x
 gradient at the pixels."""
 
 
-def natural_picture(size: tuple[int, int] = SIZE, seed: int = 0) -> Image.Image:
+def natural_image(size: tuple[int, int] = SIZE, seed: int = 0) -> Image.Image:
     """A smooth random background with shapes on it."""
     rng = np.random.default_rng(seed)
     width, height = size
     coarse = Image.fromarray(rng.integers(60, 200, (6, 9, 3), dtype=np.uint8))
-    picture = coarse.resize(size, Image.Resampling.BICUBIC)
-    draw = ImageDraw.Draw(picture)
+    image = coarse.resize(size, Image.Resampling.BICUBIC)
+    draw = ImageDraw.Draw(image)
     for index in range(8):
         x, y = int(rng.integers(0, width)), int(rng.integers(0, height))
         w, h = int(rng.integers(30, width // 4)), int(rng.integers(30, height // 4))
         shape = draw.ellipse if index % 2 else draw.rectangle
         shape((x, y, x + w, y + h), fill=tuple(rng.integers(0, 256, 3).tolist()))
-    return picture
+    return image
 
 
 def survey(model_type: str, report: Callable[[dict[str, Any]], None]) -> None:
@@ -66,7 +66,7 @@ def survey(model_type: str, report: Callable[[dict[str, Any]], None]) -> None:
         report(row | {"left_out": LEFT_OUT[model_type], "finished": True})
         return
     report(row | {"error": "building it did not come back"})
-    picture = natural_picture()
+    image = natural_image()
     model, processor = build(model_type)
     row["class"] = type(model).__name__
 
@@ -80,21 +80,21 @@ def survey(model_type: str, report: Callable[[dict[str, Any]], None]) -> None:
         row.setdefault("seconds", {})[name] = round(time.perf_counter() - start, 2)
 
     def explain_one() -> dict[str, Any]:
-        settings = explain(model, processor, picture, QUESTION, ANSWER).settings
+        settings = explain(model, processor, image, QUESTION, ANSWER).settings
         return {"method": settings["method"], "scales": settings["scales"]}
 
     def explain_two() -> dict[str, Any]:
-        pictures = [picture, natural_picture((300, 300), seed=1)]
-        maps = explain(model, processor, pictures, QUESTION, ANSWER, scales=(1.0,)).maps
+        images = [image, natural_image((300, 300), seed=1)]
+        maps = explain(model, processor, images, QUESTION, ANSWER, scales=(1.0,)).maps
         return {"several_images": len(maps) == 2 and all(bool(m.any()) for m in maps)}
 
     def explain_video() -> dict[str, Any]:
-        frames = [natural_picture((320, 200), seed) for seed in range(4)]
+        frames = [natural_image((320, 200), seed) for seed in range(4)]
         maps = explain(model, processor, frames, QUESTION, ANSWER, scales=(1.0,), video=True).maps
         return {"video": len(maps) == 4 and all(bool(m.any()) for m in maps)}
 
     def check_it() -> dict[str, Any]:
-        checks = check(model, processor, picture, QUESTION).checks
+        checks = check(model, processor, image, QUESTION).checks
         return {"checks": {c.name: {"passed": c.passed, "detail": c.detail, **c.figures} for c in checks}}
 
     step("explain", explain_one)
@@ -167,7 +167,7 @@ def markdown(rows: list[dict[str, Any]]) -> str:
         f"{by['logit_lens']} by the logit lens at visual tokens, {by['layer_gradient_x_activation']} by activation x "
         f"gradient at visual tokens, {by['input_x_gradient']} by their pixels. Of {len(oracles)} types whose tokens "
         f"have a place, {right} pass the oracle at 0.97. The lens is fast for {tails.count('fast')} and replayed for "
-        f"{tails.count('replay')}. Several pictures: {sum(bool(row.get('several_images')) for row in ran)}; video: "
+        f"{tails.count('replay')}. Several images: {sum(bool(row.get('several_images')) for row in ran)}; video: "
         f"{sum(bool(row.get('video')) for row in ran)}.",
         "",
         "| type | class | explained by | visual tokens | oracle (chance) | lens | scales | several images | video | "

@@ -1,8 +1,8 @@
-r"""Where do the maps point? Localisation on held-out scenes of the demo model, whose object masks are exact.
+r"""Where do the maps point? Localization on held-out scenes of the demo model, whose object masks are exact.
 
-    python benchmarks/localisation.py                     # the table of the README: 200 scenes
+    python benchmarks/localization.py                     # the table of the README: 200 scenes
 
-For each scene the model describes the picture, and every explainer explains that answer. Object words that name an
+For each scene the model describes the image, and every explainer explains that answer. Object words that name an
 object of the scene give Obj-IoU (Otsu threshold against the object's visible mask) and pointing accuracy (the map's
 maximum lies in the mask); function words give Func-IoU (share of the map below the mean Otsu threshold of the answer's
 object words, maps on one common scale); F1-IoU is the harmonic mean of the two means. Intervals are 95 % percentile
@@ -94,7 +94,7 @@ def evaluate(
     return {name: np.array(values) for name, values in rows.items()}
 
 
-def summarise(values: np.ndarray) -> dict[str, tuple[float, float, float]]:
+def summarize(values: np.ndarray) -> dict[str, tuple[float, float, float]]:
     """Estimate and interval of each metric; words count equally, scenes are resampled."""
     obj, point, func, n_obj, n_point, n_func = values.T
 
@@ -132,7 +132,7 @@ def main(
     adapter = load_adapter(model, threads)
     explainers = {name: make_explainer(spec) for name, spec in EXPLAINERS.items() if tam or not spec.startswith("tam")}
     results = evaluate(adapter, explainers, scenes, world, objects, size)
-    summaries = {name: summarise(values) for name, values in results.items()}
+    summaries = {name: summarize(values) for name, values in results.items()}
     words = int(next(iter(results.values()))[:, 3].sum())
     title = (
         f"{scenes} held-out scenes of the {world} world, {size[0]} x {size[1]} pixels, {objects[0]} to {objects[1]} "

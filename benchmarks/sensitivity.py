@@ -60,8 +60,8 @@ def draw(board: Leaderboard, columns: list[str], file: Path) -> None:
         for axis, (option, values) in zip(row, specs().items(), strict=True):
             for x, (_, spec) in enumerate(values):
                 estimate, low, high = board.rows[spec][name].interval
-                colour = "tab:orange" if spec == BASE else "tab:blue"
-                axis.errorbar(x, estimate, [[estimate - low], [high - estimate]], fmt="o", color=colour, markersize=4)
+                color = "tab:orange" if spec == BASE else "tab:blue"
+                axis.errorbar(x, estimate, [[estimate - low], [high - estimate]], fmt="o", color=color, markersize=4)
             axis.set_xticks(
                 range(len(values)), [v for v, _ in values] if number == len(columns) - 1 else [], rotation=90
             )

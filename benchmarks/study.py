@@ -26,7 +26,7 @@ from captum_intramodal.evaluation import Leaderboard, evaluate
 
 PLACES = "f1_iou tam_iou pointing energy average_precision"
 ALL = f"{PLACES} insertion deletion road"
-# Objects cover a few percent of a picture: what matters happens there.
+# Objects cover a few percent of an image: what matters happens there.
 FRACTIONS = (0, 0.01, 0.02, 0.05, 0.1, 0.2)
 LARGER = "interpolate_pos_encoding=true"
 
@@ -90,7 +90,7 @@ RUNS = {
         "scenes:count=40,objects=[1,3],size=[112,112]",
         f"msea+arc:{LARGER} logit_lens msea:{LARGER} msea:crops=true arc msea+arc:crops=true arc:weighting=uniform "
         "arc:weighting=text_activation tam tam:filter=false logit_lens:layer=28 "
-        "logit_lens:method=layer_gradient_x_activation attention random centre_gaussian",
+        "logit_lens:method=layer_gradient_x_activation attention random center_gaussian",
         PLACES,
         llava=True,
     ),
@@ -101,7 +101,7 @@ Made by `python benchmarks/study.py demo hard demo_many hard_many wide --out RUN
 llava_many llava_places --out RUNS --llava CHECKPOINT --sprites SPRITES` with what `python benchmarks/train_llava.py` \
 makes, and `--report`. The models' own answers; means over words with 95 % bootstrap intervals over scenes; \
 differences are paired, p is that of a paired permutation test (10,000 swaps). Insertion, deletion and ROAD: of the \
-object words' probabilities, at 0, 1, 2, 5, 10 and 20 % of the picture. What it means is in the README.
+object words' probabilities, at 0, 1, 2, 5, 10 and 20 % of the image. What it means is in the README.
 
 ![All figures](study.png)
 """
@@ -151,8 +151,8 @@ def draw(boards: dict[str, Leaderboard], file: Path) -> None:
             for y, label in enumerate(labels):
                 if column in board.rows[label]:
                     estimate, low, high = board.rows[label][column].interval
-                    colour = "tab:orange" if y == 0 else "tab:blue"
-                    axis.errorbar(estimate, -y, xerr=[[estimate - low], [high - estimate]], fmt="o", color=colour,
+                    color = "tab:orange" if y == 0 else "tab:blue"
+                    axis.errorbar(estimate, -y, xerr=[[estimate - low], [high - estimate]], fmt="o", color=color,
                                   markersize=3.5)  # fmt: skip
             axis.set_yticks([-y for y in range(len(labels))], labels if number == 0 else [])
             axis.tick_params(labelsize=6)

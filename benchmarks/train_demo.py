@@ -2,14 +2,14 @@ r"""Trains the demo model from scratch on two CPU cores and writes it as a Huggi
 
     python benchmarks/train_demo.py --work /tmp/demo-run --out captum_intramodal/demo/checkpoint
 
-A small ``Qwen2VLForConditionalGeneration`` (3 M parameters) learns three tasks on composed pictures: describe the
-picture, say what is left / right / above / below of an object, say whether an object is there. The loss is the
+A small ``Qwen2VLForConditionalGeneration`` (3 M parameters) learns three tasks on composed images: describe the
+image, say what is left / right / above / below of an object, say whether an object is there. The loss is the
 cross-entropy of the answers plus an image-level multiple-instance loss: the log-mean-exp over the visual positions of
 each object word's logit must tell whether that object is in the picture. No mask is used. Without that second loss the
 last layer's visual positions receive no gradient and their logit lens is noise; it stands in for the pretraining that
 gives full-size models meaningful logits there.
 
-Each training sequence holds the picture once and several questions after it, each of which sees only the picture and
+Each training sequence holds the image once and several questions after it, each of which sees only the image and
 itself, at the positions it would have alone: exactly the single-turn model at a third of the cost.
 
 The run is resumable: started again with the same ``--work``, it goes on from its last checkpoint; every batch follows
@@ -63,12 +63,12 @@ SPECIAL = {
         "<pad>", "<unk>", "<|im_start|>", "<|im_end|>", "<img>", "</img>", "<IMG_CONTEXT>", "<video>",
     ),
 }  # fmt: skip
-# The InternVL-type model sees a picture as square tiles of this side and a thumbnail, a small one as one tile.
+# The InternVL-type model sees an image as square tiles of this side and a thumbnail, a small one as one tile.
 TILE, MAX_TILES = 192, 4
 # Low: a sequence has a few hundred positions. One for both families, so that one's language model fits the other.
 ROPE_THETA = 20.0
 WORDS = (
-    "user assistant system describe the this picture image what is in do you see ? . , shows a an some and left right "
+    "user assistant system describe the this image image what is in do you see ? . , shows a an some and left right "
     "above below of there yes no nothing"
 ).split()
 # Words of a second world (``--world other``): the same architecture that has never seen the demo's words or sprites.
@@ -194,7 +194,7 @@ def adopt_parts(model: InternVLForConditionalGeneration, demo: Qwen2VLForConditi
     """The demo's language model and vision blocks. Position embeddings and projector are left to be learnt."""
     model.model.language_model.load_state_dict(demo.model.language_model.state_dict())
     tower, visual = model.model.vision_tower, demo.model.visual
-    # Of a picture the demo's filters see two equal frames.
+    # Of an image the demo's filters see two equal frames.
     tower.embeddings.patch_embeddings.projection.weight.copy_(visual.patch_embed.proj.weight.sum(2))
     for layer, block in zip(tower.encoder.layer, visual.blocks, strict=True):
         attention = layer.attention
@@ -272,7 +272,7 @@ class Batches(Dataset[dict[str, Tensor]]):
         return self.steps
 
     def _layout(self, rng: np.random.Generator, progress: float) -> tuple[int, tuple[int, int], tuple[int, int]]:
-        """Batch size, picture size in tokens and number of objects: small pictures early, large ones late."""
+        """Batch size, image size in tokens and number of objects: small images early, large ones late."""
         small, medium = 0.45 * (1 - progress) ** 2, 0.35 * (1 - progress) + 0.05
         kind = rng.random()
         if kind < small:
@@ -328,8 +328,8 @@ class Batches(Dataset[dict[str, Tensor]]):
             pixels[index] = np.asarray(scene.image)
             for item in scene.objects:
                 present[index, self.word_index[item.name]] = 1
-                if item.colour:
-                    present[index, self.word_index[item.colour]] = 1
+                if item.color:
+                    present[index, self.word_index[item.color]] = 1
             questions = [scene.describe_question(rng), scene.exists_question(rng, self.classes)]
             questions += [q for q in (scene.relation_question(rng) for _ in range(8)) if q is not None]
             ids, train, segment, position = list(prefix), [False] * len(prefix), [0] * len(prefix), [prefix_positions]
@@ -352,11 +352,11 @@ class Batches(Dataset[dict[str, Tensor]]):
             trained[index, :n] = torch.tensor(train)
             segments[index, :n] = torch.tensor(segment)
             positions[:, index, :n] = torch.from_numpy(position_ids)
-        pictures = torch.from_numpy(pixels)
+        images = torch.from_numpy(pixels)
         if self.tiler is not None:
-            pictures = self.tiler(list(pictures.permute(0, 3, 1, 2)), return_tensors="pt")["pixel_values"]
+            images = self.tiler(list(images.permute(0, 3, 1, 2)), return_tensors="pt")["pixel_values"]
         return {
-            "pixels": pictures,
+            "pixels": images,
             "present": torch.from_numpy(present),
             "input_ids": input_ids,
             "trained": trained,
@@ -366,7 +366,7 @@ class Batches(Dataset[dict[str, Tensor]]):
 
 
 def attention_mask(segments: Tensor) -> Tensor:
-    """Causal; a question sees the picture (segment 0) and itself. Added to the scores, (B, 1, L, L)."""
+    """Causal; a question sees the image (segment 0) and itself. Added to the scores, (B, 1, L, L)."""
     length = segments.shape[1]
     causal = torch.ones(length, length, dtype=torch.bool).tril()
     same = segments[:, :, None] == segments[:, None, :]
@@ -375,7 +375,7 @@ def attention_mask(segments: Tensor) -> Tensor:
 
 
 def patchify(pixels: Tensor) -> tuple[Tensor, Tensor]:
-    """uint8 (B, H, W, 3) -> what ``Qwen2VLImageProcessor`` returns for pictures that need no resizing."""
+    """uint8 (B, H, W, 3) -> what ``Qwen2VLImageProcessor`` returns for images that need no resizing."""
     batch, height, width, _ = pixels.shape
     images = (pixels.permute(0, 3, 1, 2).float() / 255 - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(
         3, 1, 1
@@ -387,7 +387,7 @@ def patchify(pixels: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def speed_up_vision(model: Qwen2VLForConditionalGeneration) -> None:
-    """One attention call for equally sized pictures, and the patch convolution as a matrix product."""
+    """One attention call for equally sized images, and the patch convolution as a matrix product."""
 
     def attend(
         self: Any, hidden_states: Tensor, cu_seqlens: Tensor, position_embeddings: tuple[Tensor, Tensor], **_: Any

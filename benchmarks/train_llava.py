@@ -229,7 +229,7 @@ def assemble(parts: Path, size: int) -> tuple[LlavaForConditionalGeneration, Lla
     tower = load_vision_tower(parts)
     language, tokenizer = load_language_model(parts)
     text_config = language.config.to_dict()
-    text_config.pop("quantization_config", None)  # It is dequantised.
+    text_config.pop("quantization_config", None)  # It is dequantized.
     config = LlavaConfig(
         vision_config=tower.config,
         text_config=text_config,
@@ -254,7 +254,7 @@ def assemble(parts: Path, size: int) -> tuple[LlavaForConditionalGeneration, Lla
         image_processor=BitImageProcessor(
             size=square,
             crop_size=square,
-            do_center_crop=False,  # The whole picture is squeezed into the square.
+            do_center_crop=False,  # The whole image is squeezed into the square.
             image_mean=list(MEAN),
             image_std=list(STD),
         ),
@@ -268,7 +268,7 @@ def assemble(parts: Path, size: int) -> tuple[LlavaForConditionalGeneration, Lla
 
 
 def visual_embeddings(model: LlavaForConditionalGeneration, pixel_values: Tensor) -> Tensor:
-    """What the projector hands to the language model, (pictures, tokens, hidden size)."""
+    """What the projector hands to the language model, (images, tokens, hidden size)."""
     with torch.autocast("cpu", torch.bfloat16):
         features = model.model.get_image_features(pixel_values.bfloat16(), return_dict=True).pooler_output
     return torch.stack(features)
@@ -276,7 +276,7 @@ def visual_embeddings(model: LlavaForConditionalGeneration, pixel_values: Tensor
 
 @torch.no_grad()
 def scale_projector(model: LlavaForConditionalGeneration, pixel_values: Tensor) -> None:
-    """Lets the projector see standardised features and begin with outputs as large as word embeddings."""
+    """Lets the projector see standardized features and begin with outputs as large as word embeddings."""
     projector = model.model.multi_modal_projector
     hidden = model.model.vision_tower(pixel_values.bfloat16(), output_hidden_states=True).hidden_states[-1][:, 1:]
     mean, std = hidden.float().mean((0, 1)), hidden.float().std((0, 1))
@@ -323,7 +323,7 @@ class Batches(Dataset[dict[str, Tensor]]):
         rng = np.random.default_rng((self.seed, step))
         # Names are learnt from single objects, their order later.
         single = max(0.25, 1 - 2.5 * step / self.steps) if self.single_first else 0.25
-        pictures = []
+        images = []
         input_ids = torch.full((self.batch_size, self.length), self.processor.tokenizer.pad_token_id)
         trained = torch.zeros(self.batch_size, self.length, dtype=torch.bool)
         for index in range(self.batch_size):
@@ -335,8 +335,8 @@ class Batches(Dataset[dict[str, Tensor]]):
             input_ids[index, : len(ids)] = torch.tensor(ids)
             # A position is trained where its *next* token belongs to the answer.
             trained[index, start - 1 : len(ids) - 1] = True
-            pictures.append(scene.image)
-        pixel_values = self.processor.image_processor(pictures, return_tensors="pt")["pixel_values"]
+            images.append(scene.image)
+        pixel_values = self.processor.image_processor(images, return_tensors="pt")["pixel_values"]
         return {"pixel_values": pixel_values, "input_ids": input_ids, "trained": trained}
 
 
@@ -359,18 +359,18 @@ def evaluate(out: Path, sprites: Path, size: int, scenes: int, batch_size: int =
         held_out = [
             compose(HELD_OUT + scenes * count + index, (size, size), count, CLASSES, sprites) for index in range(scenes)
         ]
-        pictures = [scene.image for scene in held_out[shift:] + held_out[:shift]]
+        images = [scene.image for scene in held_out[shift:] + held_out[:shift]]
         shown = "another scene's" if shift else "its own"
-        table.add_row(str(count), shown, *_accuracy(adapter, held_out, pictures, batch_size))
+        table.add_row(str(count), shown, *_accuracy(adapter, held_out, images, batch_size))
     Console(width=100).print(table)
 
 
 def _accuracy(
-    adapter: ModelAdapter, scenes: list[Scene], pictures: list[Image.Image], batch_size: int
+    adapter: ModelAdapter, scenes: list[Scene], images: list[Image.Image], batch_size: int
 ) -> tuple[str, str]:
     whole, right, total = 0, 0, 0
     for start in range(0, len(scenes), batch_size):
-        shown = [[picture] for picture in pictures[start : start + batch_size]]
+        shown = [[image] for image in images[start : start + batch_size]]
         inputs = adapter.prepare_batch(shown, ["describe the picture."] * len(shown))
         answers = adapter.generate_batch(inputs, max_new_tokens=32)
         for scene, answer in zip(scenes[start : start + batch_size], answers, strict=True):

@@ -35,7 +35,7 @@ errors = Console(stderr=True, soft_wrap=True)
 OutOption = Annotated[Path, typer.Option("--out", help="Directory for index.html, overview.png and the explanation.")]
 ScalesOption = Annotated[
     str,
-    typer.Option("--scales", help="Factors of the picture's size, such as 1,1.5,2; auto takes what suits the model."),
+    typer.Option("--scales", help="Factors of the image's size, such as 1,1.5,2; auto takes what suits the model."),
 ]
 ModelOption = Annotated[
     str, typer.Option("--model", help="Directory of a checkpoint, its id on the Hugging Face hub, or demo.")
@@ -72,23 +72,23 @@ def fail(message: str) -> NoReturn:
 @app.command()
 def demo(
     out: OutOption = Path("captum-intramodal-demo"),
-    picture: Annotated[int, typer.Option(help="Which of the example pictures, from 1.", min=1)] = 1,
+    image: Annotated[int, typer.Option("--image", "--picture", help="Which of the example images, from 1.", min=1)] = 1,
     prompt: Annotated[str, typer.Option(help="What to ask about it.")] = "describe the picture.",
     scales: ScalesOption = "auto",
     no_arc: NoArcOption = False,
 ) -> None:
     """Explain an answer of the embedded demo model: no download, no GPU."""
-    from captum_intramodal.demo import CHECKPOINT, PICTURES
+    from captum_intramodal.demo import CHECKPOINT, IMAGES
 
-    if picture > len(PICTURES):
-        fail(f"There are {len(PICTURES)} example pictures; --picture {picture} does not exist.")
-    _explain(str(CHECKPOINT), [PICTURES[picture - 1]], prompt, scales, out, arc=not no_arc)
+    if image > len(IMAGES):
+        fail(f"There are {len(IMAGES)} example images; --image {image} does not exist.")
+    _explain(str(CHECKPOINT), [IMAGES[image - 1]], prompt, scales, out, arc=not no_arc)
 
 
 @app.command()
 def explain(
     model: ModelOption,
-    image: Annotated[list[Path], typer.Option(help="The picture; once more for every further one.")],
+    image: Annotated[list[Path], typer.Option(help="The image; once more for every further one.")],
     prompt: Annotated[str, typer.Option(help="What to ask about it.")],
     answer: Annotated[str | None, typer.Option(help="The answer to explain. Default: the model's own.")] = None,
     scales: ScalesOption = "auto",
@@ -97,7 +97,7 @@ def explain(
         bool, typer.Option("--interpolate-pos-encoding", help="A larger input size where enlarging shows nothing.")
     ] = False,
     method: Annotated[Method, typer.Option(help="Maps at visual tokens, or over the pixels.")] = Method.auto,
-    video: Annotated[bool, typer.Option("--video", help="The pictures are the frames of one video.")] = False,
+    video: Annotated[bool, typer.Option("--video", help="The images are the frames of one video.")] = False,
     no_arc: NoArcOption = False,
     out: OutOption = Path("explanation"),
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer to generate.", min=1)] = 128,
@@ -108,7 +108,7 @@ def explain(
 ) -> None:
     """Explain an answer of an image-text-to-text model of transformers."""
     if crops and interpolate_pos_encoding:
-        fail("--crops and --interpolate-pos-encoding are two ways to see more of a picture; choose one.")
+        fail("--crops and --interpolate-pos-encoding are two ways to see more of an image; choose one.")
     _explain(
         model,
         image,
@@ -129,7 +129,7 @@ def explain(
 @app.command()
 def check(
     model: ModelOption,
-    image: Annotated[Path | None, typer.Option(help="A picture of the size that matters. Default: made up.")] = None,
+    image: Annotated[Path | None, typer.Option(help="An image of the size that matters. Default: made up.")] = None,
     prompt: Annotated[str, typer.Option(help="A question about it.")] = "describe the picture.",
     dtype: DtypeOption = "auto",
     device: DeviceOption = "auto",
@@ -137,7 +137,7 @@ def check(
     trust_remote_code: TrustOption = False,
 ) -> None:
     """Test on a model what explanations build upon; exit code 1 if something does not hold."""
-    picture = None if image is None else _open_picture(image)
+    opened = None if image is None else _open_image(image)
     with console.status("Loading torch and transformers") as status:
         import captum_intramodal
 
@@ -145,7 +145,7 @@ def check(
         with _quiet():
             loaded, processor = _load(model, dtype, device, revision, trust_remote_code)
         with _one_line(), _quiet():
-            report = captum_intramodal.check(loaded, processor, picture, prompt, progress=status.update)
+            report = captum_intramodal.check(loaded, processor, opened, prompt, progress=status.update)
     table = Table(title=escape(report.model), title_style="bold", title_justify="left", show_header=False)
     for entry in report.checks:
         mark = {True: "[green]holds[/]", False: "[bold red]fails[/]", None: "untested"}[entry.passed]
@@ -313,10 +313,10 @@ def _explain(
     # What can be checked without the model is checked before it is loaded.
     factors = _parse_scales(scales)
     if not prompt.strip():
-        fail("The prompt is empty; ask the model something about the picture.")
+        fail("The prompt is empty; ask the model something about the image.")
     if out.exists() and not out.is_dir():
         fail(f"{out} is a file; --out must be a directory.")
-    pictures = [_open_picture(path) for path in images]
+    opened = [_open_image(path) for path in images]
     with console.status("Loading torch and transformers") as status:
         import captum_intramodal
         from captum_intramodal.viz.overview import draw_overview
@@ -326,13 +326,13 @@ def _explain(
             model, processor = _load(model_id, *loading)
         with _one_line(), _quiet():
             explanation = captum_intramodal.explain(
-                model, processor, pictures, prompt, scales=factors, progress=status.update, **options
+                model, processor, opened, prompt, scales=factors, progress=status.update, **options
             )
             status.update("Drawing")
             _write(out, explanation, draw_overview)
     if explanation.settings["dropped_scales"]:
         dropped = ", ".join(f"{scale:g}" for scale in explanation.settings["dropped_scales"])
-        console.print(f"Left out scale {dropped}: the processor brings the picture to the same size anyway.")
+        console.print(f"Left out scale {dropped}: the processor brings the image to the same size anyway.")
     _print_table(explanation)
     page, sheet = (escape(str(out / name)) for name in ("index.html", "overview.png"))
     console.print(f"\nOpen [bold]{page}[/] in a browser; all words on one sheet: {sheet}")
@@ -347,18 +347,18 @@ def _parse_scales(scales: str) -> tuple[float, ...] | Literal["auto"]:
     return factors
 
 
-def _open_picture(path: Path) -> Any:
+def _open_image(path: Path) -> Any:
     from PIL import Image, ImageOps, UnidentifiedImageError
 
     try:
-        with Image.open(path) as picture:
-            return ImageOps.exif_transpose(picture).convert("RGB")
+        with Image.open(path) as image:
+            return ImageOps.exif_transpose(image).convert("RGB")
     except FileNotFoundError:
         fail(f"There is no file {path}.")
     except UnidentifiedImageError:
-        fail(f"{path} is not a picture that can be read.")
+        fail(f"{path} is not an image that can be read.")
     except (OSError, ValueError, Image.DecompressionBombError) as error:
-        fail(f"{path} cannot be read as a picture: {error}")
+        fail(f"{path} cannot be read as an image: {error}")
 
 
 def _load(
@@ -393,7 +393,7 @@ def _load(
         )
         if getattr(processor, "tokenizer", None) is None or getattr(processor, "image_processor", None) is None:
             fail(f"{model_id} is no image-text-to-text model: its processor is a {type(processor).__name__}.")
-        # Quantised weights and those spread over devices stay where they are.
+        # Quantized weights and those spread over devices stay where they are.
         placed = device_map is not None or getattr(model, "hf_quantizer", None) is not None
         return model.eval() if placed else model.eval().to(device), processor
     except ImportError as error:
@@ -486,9 +486,9 @@ def _place(explanation: Explanation, word: Any) -> str:
     heat = explanation.heatmap(word, image=image)
     row, column = divmod(int(torch.argmax(heat)), heat.shape[1])
     vertical = ("top", "middle", "bottom")[min(2, 3 * row // heat.shape[0])]
-    horizontal = ("left", "centre", "right")[min(2, 3 * column // heat.shape[1])]
-    place = "centre" if (vertical, horizontal) == ("middle", "centre") else f"{vertical} {horizontal}"
-    where = f" of picture {image + 1}" if len(strength) > 1 else ""
+    horizontal = ("left", "center", "right")[min(2, 3 * column // heat.shape[1])]
+    place = "center" if (vertical, horizontal) == ("middle", "center") else f"{vertical} {horizontal}"
+    where = f" of image {image + 1}" if len(strength) > 1 else ""
     return f"{place}{where} ({column}, {row})"
 
 

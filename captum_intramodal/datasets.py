@@ -1,4 +1,4 @@
-r"""Pictures with prompts, answers and object masks to evaluate explanations on, from scenes, COCO, TAM or a folder.
+r"""Images with prompts, answers and object masks to evaluate explanations on, from scenes, COCO, TAM or a folder.
 
 A data set is anything with ``len``, ``dataset[i]`` that gives a :class:`Sample`, and ``settings``;
 :func:`open_dataset` also takes the dotted name of a class, so that a set of one's own needs no registration::
@@ -48,17 +48,17 @@ __all__ = [
 @dataclass(frozen=True, eq=False)
 class Sample:
     r"""
-    One picture to explain a model's words on.
+    One image to explain a model's words on.
 
     Args:
 
         id (str): Name of the sample, unique in its data set and the same in every run.
-        picture (Path or PIL.Image.Image): The picture or its file, which is opened only when ``image`` is asked for.
+        source (Path or PIL.Image.Image): The image or its file, which is opened only when ``image`` is asked for.
         prompt (str): What the model is asked.
         answer (str, optional): The answer to explain.
             Default: None, the model's own
-        categories (Mapping[str, numpy.ndarray], optional): A bool mask (height, width) of the picture's size for each
-            word or phrase that names a kind of object. All False: the picture shows no such object.
+        categories (Mapping[str, numpy.ndarray], optional): A bool mask (height, width) of the image's size for each
+            word or phrase that names a kind of object. All False: the image shows no such object.
             Default: no categories
         captions (tuple[str, ...], optional): Reference texts that a generated answer can be compared with.
             Default: ()
@@ -67,9 +67,9 @@ class Sample:
             Default: none are
 
     Raises:
-        ValueError: a mask that is not bool or not of the picture's size, an unknown type of word, or, from ``image``,
-            no readable picture.
-        OSError: no picture.
+        ValueError: a mask that is not bool or not of the image's size, an unknown type of word, or, from ``image``,
+            no readable image.
+        OSError: no image.
 
     Examples::
 
@@ -80,7 +80,7 @@ class Sample:
     """
 
     id: str
-    picture: Path | Image.Image
+    source: Path | Image.Image
     prompt: str
     answer: str | None = None
     categories: Mapping[str, np.ndarray] = field(default_factory=dict)
@@ -95,23 +95,23 @@ class Sample:
             if mask.dtype != bool or mask.shape != (height, width):
                 raise ValueError(
                     f"the mask of {name!r} is {mask.dtype} {mask.shape}; it has to be bool {(height, width)}, "
-                    "the picture's height and width"
+                    "the image's height and width"
                 )
 
     @property
     def size(self) -> tuple[int, int]:
-        """Width and height of the picture; of a file only the header is read."""
-        if isinstance(self.picture, Image.Image):
-            return self.picture.size
-        with Image.open(self.picture) as file:
+        """Width and height of the image; of a file only the header is read."""
+        if isinstance(self.source, Image.Image):
+            return self.source.size
+        with Image.open(self.source) as file:
             return file.size
 
     @cached_property
     def image(self) -> Image.Image:
-        """The picture, RGB."""
-        if isinstance(self.picture, Image.Image):
-            return self.picture.convert("RGB")
-        with _record(self.picture, f"sample {self.id}"), Image.open(self.picture) as file:
+        """The image, RGB."""
+        if isinstance(self.source, Image.Image):
+            return self.source.convert("RGB")
+        with _record(self.source, f"sample {self.id}"), Image.open(self.source) as file:
             return file.convert("RGB")
 
 
@@ -342,8 +342,8 @@ class CocoDataset:
 
     def __getitem__(self, index: int) -> Sample:
         key = self._ids[index]
-        picture = self._images[key]["file"]
-        with _record(self._file, f"image id {key} ({picture})"), Image.open(picture) as file:
+        image = self._images[key]["file"]
+        with _record(self._file, f"image id {key} ({image})"), Image.open(image) as file:
             size = width, height = file.size
             annotated = self._images[key].get("width", width), self._images[key].get("height", height)
             if size != annotated:
@@ -351,9 +351,9 @@ class CocoDataset:
         categories = dict.fromkeys(self._names.values(), np.zeros((height, width), bool))
         for annotation in self._annotations[key]:
             name = self._names[annotation["category_id"]]
-            with _record(self._file, f"annotations[{annotation['index']}] of {name!r} on {picture}"):
+            with _record(self._file, f"annotations[{annotation['index']}] of {name!r} on {image}"):
                 categories[name] = categories[name] | self._mask(annotation["segmentation"], height, width)
-        return Sample(str(key), picture, self._prompt, None, categories, self._captions.get(key, ()))
+        return Sample(str(key), image, self._prompt, None, categories, self._captions.get(key, ()))
 
     def _mask(self, segmentation: Any, height: int, width: int) -> np.ndarray:
         if isinstance(segmentation, dict):
@@ -378,14 +378,14 @@ _TAM_NAMES = {"sports ball": "ball", "wine glass": "glass"}
 class TAMDataset:
     r"""
     A folder of the data released with TAM, `Token Activation Map to Visually Explain Multimodal LLMs`_: COCO, GranDf
-    or OpenPSG. Its masks are one label picture per image, so that a pixel belongs to one category.
+    or OpenPSG. Its masks are one label image per image, so that a pixel belongs to one category.
 
     COCO: ``annotations/instances_minival2014.json`` (``images``, ``categories``),
     ``annotations/captions_val2014.json``, ``image/<id>.jpg`` and ``seg_label/<id>.png`` with ids of twelve digits and
-    category ids as grey levels. An image without label picture shows no object.
+    category ids as gray levels. An image without label image shows no object.
 
-    GranDf and OpenPSG: ``anno.json``, a list of ``[image, description, label picture, {category: grey level}]`` with
-    paths in the folder; an empty path of the label picture: no object.
+    GranDf and OpenPSG: ``anno.json``, a list of ``[image, description, label image, {category: gray level}]`` with
+    paths in the folder; an empty path of the label image: no object.
 
     Args:
 
@@ -407,10 +407,10 @@ class TAMDataset:
     def __init__(self, folder: str | Path, prompt: str = "describe the picture.") -> None:
         self._folder, self._prompt = Path(folder), prompt
         self.settings: dict[str, Any] = {"name": "tam", "folder": str(folder), "prompt": self._prompt, "sha256": []}
-        # File and record that an error names, id, image, label picture, categories by name, captions.
+        # File and record that an error names, id, image, label image, categories by name, captions.
         self._samples = list(self._anno() if (self._folder / "anno.json").is_file() else self._coco())
 
-    def _anno(self) -> Iterator[_Labelled]:
+    def _anno(self) -> Iterator[_Labeled]:
         file = self._folder / "anno.json"
         records, digest = _read_json(file)
         self.settings["sha256"].append(digest)
@@ -418,8 +418,8 @@ class TAMDataset:
             with _record(file, f"[{index}]"):
                 image, description, labels, levels = record
                 if not all(0 < level < 256 for level in levels.values()):
-                    raise ValueError(f"grey levels have to be 1 to 255: {levels}")
-                yield _Labelled(
+                    raise ValueError(f"gray levels have to be 1 to 255: {levels}")
+                yield _Labeled(
                     (file, f"[{index}] ({image})"),
                     str(index),
                     _existing(self._folder / image),
@@ -428,7 +428,7 @@ class TAMDataset:
                     (description,),
                 )
 
-    def _coco(self) -> Iterator[_Labelled]:
+    def _coco(self) -> Iterator[_Labeled]:
         file = self._folder / "annotations" / "instances_minival2014.json"
         instances, digest = _read_json(file)
         captions, captions_digest = _read_captions(self._folder / "annotations" / "captions_val2014.json")
@@ -439,7 +439,7 @@ class TAMDataset:
             with _record(file, f"images[{index}]"):
                 name = f"{image['id']:012d}"
                 labels = self._folder / "seg_label" / f"{name}.png"
-                yield _Labelled(
+                yield _Labeled(
                     (file, f"images[{index}] (id {image['id']})"),
                     name,
                     _existing(self._folder / "image" / f"{name}.jpg"),
@@ -454,23 +454,23 @@ class TAMDataset:
     def __getitem__(self, index: int) -> Sample:
         sample = self._samples[index]
         with _record(*sample.record):
-            with Image.open(sample.picture) as file:
+            with Image.open(sample.image) as file:
                 empty = np.zeros((file.height, file.width), bool)
-            labels = None if sample.labels is None else _read_grey(sample.labels)
+            labels = None if sample.labels is None else _read_gray(sample.labels)
             if labels is not None and labels.shape != empty.shape:
-                raise ValueError(f"{sample.labels} is {labels.shape}, the picture {empty.shape} (height, width)")
+                raise ValueError(f"{sample.labels} is {labels.shape}, the image {empty.shape} (height, width)")
             shown = set() if labels is None else set(np.unique(labels).tolist())
             # Names of one level share one mask, absent ones the empty one.
             masks = {level: labels == level for level in shown & set(sample.levels.values())}
             categories = {name: masks.get(level, empty) for name, level in sample.levels.items()}
-            return Sample(sample.id, sample.picture, self._prompt, None, categories, sample.captions)
+            return Sample(sample.id, sample.image, self._prompt, None, categories, sample.captions)
 
 
 @dataclass(frozen=True)
-class _Labelled:
+class _Labeled:
     record: tuple[Path, str]
     id: str
-    picture: Path
+    image: Path
     labels: Path | None
     levels: dict[str, int]
     captions: tuple[str, ...]
@@ -478,13 +478,13 @@ class _Labelled:
 
 class FolderDataset:
     r"""
-    A folder of pictures, masks and one file ``annotations.jsonl`` with a JSON object per line::
+    A folder of images, masks and one file ``annotations.jsonl`` with a JSON object per line::
 
         {"image": "1.jpg", "prompt": "what do you see?", "answer": "a dog.",
          "categories": {"dog": "1-dog.png", "cat": null}, "captions": ["a dog on a lawn"], "id": "first"}
 
-    Paths are relative to the folder. ``image`` is required. ``categories``: a mask of the picture's size for each name,
-    where every pixel but the black ones belongs to the category; null: the picture shows none. ``answer``: without it
+    Paths are relative to the folder. ``image`` is required. ``categories``: a mask of the image's size for each name,
+    where every pixel but the black ones belongs to the category; null: the image shows none. ``answer``: without it
     the model's own. ``id``: without it, the image's path.
 
     Args:
@@ -548,16 +548,16 @@ class FolderDataset:
     def __getitem__(self, index: int) -> Sample:
         name = self._ids[index]
         number, record = self._lines[name]
-        picture = self._folder / record["image"]
-        with _record(self._file, f"line {number} ({picture})"):
-            with Image.open(picture) as file:
+        image = self._folder / record["image"]
+        with _record(self._file, f"line {number} ({image})"):
+            with Image.open(image) as file:
                 empty = np.zeros((file.height, file.width), bool)
             categories = {
-                category: empty if mask is None else _read_grey(self._folder / mask) > 0
+                category: empty if mask is None else _read_gray(self._folder / mask) > 0
                 for category, mask in record.get("categories", {}).items()
             }
             captions = tuple(record.get("captions", ()))
-            return Sample(name, picture, record["prompt"], record.get("answer"), categories, captions)
+            return Sample(name, image, record["prompt"], record.get("answer"), categories, captions)
 
 
 DATASETS: dict[str, Callable[..., EvaluationDataset]] = {
@@ -682,7 +682,7 @@ def _existing(file: Path) -> Path:
     return file
 
 
-def _read_grey(file: Path) -> np.ndarray:
-    """Grey levels, of a palette picture its indices, (height, width)."""
+def _read_gray(file: Path) -> np.ndarray:
+    """Gray levels, of a palette image its indices, (height, width)."""
     with Image.open(file) as image:
         return np.asarray(image if image.mode == "P" else image.convert("L"))

@@ -1,6 +1,6 @@
 r"""The explainers that an evaluation compares: each a name and options that define it, each the same call.
 
-An explainer turns an answer into one map per token over the original pictures. :data:`EXPLAINERS` lists them,
+An explainer turns an answer into one map per token over the original images. :data:`EXPLAINERS` lists them,
 :func:`make_explainer` makes one from text: ``'logit_lens:layer=-2'``, ``'msea+arc:scales=[1,2],k=20'``,
 ``'arc+grad_cam'``.
 """
@@ -35,7 +35,7 @@ from captum_intramodal.attr.pixel_forward import PixelForward
 from captum_intramodal.attr.visual_token_attribution import VisualTokenAttribution, draw_positions
 from captum_intramodal.explanation.activations import Activations, collect_answer_activations
 from captum_intramodal.explanation.explain import suppress_together
-from captum_intramodal.explanation.scale_maps import TokenScaleMaps, resize_pictures
+from captum_intramodal.explanation.scale_maps import TokenScaleMaps, resize_images
 from captum_intramodal.explanation.scale_views import Method, select_views
 from captum_intramodal.functional.aggregation import (
     AGGREGATIONS,
@@ -84,19 +84,19 @@ class Explainer(Protocol):
     def settings(self) -> dict[str, Any]: ...
 
     def __call__(
-        self, adapter: ModelAdapter, pictures: Sequence[Image.Image], prompt: Prompt, answer_ids: Sequence[int]
+        self, adapter: ModelAdapter, images: Sequence[Image.Image], prompt: Prompt, answer_ids: Sequence[int]
     ) -> list[Tensor]:
         r"""
         Args:
 
             adapter (ModelAdapter): The model and its processor.
-            pictures (Sequence[PIL.Image.Image]): The prompt's pictures.
+            images (Sequence[PIL.Image.Image]): The prompt's images.
             prompt (str or Sequence[Mapping]): The question.
             answer_ids (Sequence[int]): The answer's T tokens, without those that end it.
 
         Returns:
-            *list[Tensor]*: per picture float32 (T, rows, columns) on the CPU, finite and not negative. Rows and columns
-            divide the whole picture evenly; how many they are is up to the explainer.
+            *list[Tensor]*: per image float32 (T, rows, columns) on the CPU, finite and not negative. Rows and columns
+            divide the whole image evenly; how many they are is up to the explainer.
 
         Raises:
             ValueError: what this explainer cannot do, such as a model without the parts that it reads.
@@ -129,7 +129,7 @@ class _Explainer(ABC):
         return settings_of(self)
 
     def __call__(
-        self, adapter: ModelAdapter, pictures: Sequence[Image.Image], prompt: Prompt, answer_ids: Sequence[int]
+        self, adapter: ModelAdapter, images: Sequence[Image.Image], prompt: Prompt, answer_ids: Sequence[int]
     ) -> list[Tensor]:
         """See :meth:`Explainer.__call__`."""
         ids = adapter.tokenize_answer(answer_ids)
@@ -139,27 +139,25 @@ class _Explainer(ABC):
             )
         with torch.enable_grad(), evaluation_mode(adapter.model, gradients=True):
             # Those that are in RGB already stay the same objects, by which shared readings know them.
-            shown = [
-                picture if getattr(picture, "mode", "") == "RGB" else check_images(picture)[0] for picture in pictures
-            ]
+            shown = [image if getattr(image, "mode", "") == "RGB" else check_images(image)[0] for image in images]
             maps = self.explain(adapter, shown, prompt, ids)
         return [m.detach().float().clamp_min(0).cpu() for m in maps]
 
     @abstractmethod
     def explain(
-        self, adapter: ModelAdapter, pictures: list[Image.Image], prompt: Prompt, answer_ids: list[int]
+        self, adapter: ModelAdapter, images: list[Image.Image], prompt: Prompt, answer_ids: list[int]
     ) -> list[Tensor]:
         """The maps of checked input, in evaluation mode; negative values are clipped afterwards."""
 
     def explain_text(
-        self, adapter: ModelAdapter, pictures: Sequence[Image.Image], prompt: Prompt, answer_ids: Sequence[int]
+        self, adapter: ModelAdapter, images: Sequence[Image.Image], prompt: Prompt, answer_ids: Sequence[int]
     ) -> TextMaps:
         r"""
         What earlier text tokens matter to each of the answer's tokens.
 
         Args:
 
-            adapter, pictures, prompt, answer_ids: As in a call.
+            adapter, images, prompt, answer_ids: As in a call.
 
         Returns:
             TextMaps: relevance of the sequence's text tokens.
@@ -167,7 +165,7 @@ class _Explainer(ABC):
         Raises:
             ValueError: an explainer that says nothing of text.
         """
-        raise ValueError(f"{self.name} explains pictures only.")
+        raise ValueError(f"{self.name} explains images only.")
 
 
 # --- One reading of the model for several explainers -----------------------------------------------------------------
@@ -213,10 +211,10 @@ class PassRequest:
         return replace(reading, levels=[level for level in reading.levels if level.scale in self.scales])
 
     def read(self, example: _Example) -> Activations:
-        adapter, pictures, prompt, answer_ids = example
+        adapter, images, prompt, answer_ids = example
         return collect_answer_activations(
             adapter,
-            list(pictures),
+            list(images),
             prompt,
             answer_ids,
             self.scales,
@@ -264,8 +262,8 @@ def shared_passes(explainers: Iterable[Explainer] = ()) -> Iterator[None]:
     Explainers that read the model with a logit lens share their passes: within the ``with`` statement an example is
     read once for all of them, as long as one after another is asked about it. Results are the same as without.
 
-    The last example (same adapter, same picture objects, prompt and answer) is kept. Neither the model's weights nor
-    the pictures may change meanwhile.
+    The last example (same adapter, same image objects, prompt and answer) is kept. Neither the model's weights nor
+    the images may change meanwhile.
 
     Args:
 
@@ -276,8 +274,8 @@ def shared_passes(explainers: Iterable[Explainer] = ()) -> Iterator[None]:
     Examples::
 
         >>> with shared_passes(explainers):
-        ...     for pictures, prompt, answer_ids in examples:
-        ...         maps = [explainer(adapter, pictures, prompt, answer_ids) for explainer in explainers]
+        ...     for images, prompt, answer_ids in examples:
+        ...         maps = [explainer(adapter, images, prompt, answer_ids) for explainer in explainers]
     """
     token = _SHARED.set(SharedPasses([e.wish for e in explainers if isinstance(e, LogitLensMaps | TAM | ARCAround)]))
     try:
@@ -397,16 +395,16 @@ class LogitLensMaps(_Explainer):
         )
 
     def explain(
-        self, adapter: ModelAdapter, pictures: list[Image.Image], prompt: Prompt, answer_ids: list[int]
+        self, adapter: ModelAdapter, images: list[Image.Image], prompt: Prompt, answer_ids: list[int]
     ) -> list[Tensor]:
-        reading = _read((adapter, pictures, prompt, answer_ids), self.wish)
+        reading = _read((adapter, images, prompt, answer_ids), self.wish)
         return [m[-len(answer_ids) :] for m in self.maps(adapter, reading)]
 
     def explain_text(
-        self, adapter: ModelAdapter, pictures: Sequence[Image.Image], prompt: Prompt, answer_ids: Sequence[int]
+        self, adapter: ModelAdapter, images: Sequence[Image.Image], prompt: Prompt, answer_ids: Sequence[int]
     ) -> TextMaps:
         """Text activation, in ARC times rank-biased overlap: what is left where irrelevant context is suppressed."""
-        reading = _read((adapter, pictures, prompt, list(answer_ids)), self.wish)
+        reading = _read((adapter, images, prompt, list(answer_ids)), self.wish)
         ranking = self if isinstance(self, _RankingOptions) else _RankingOptions()
         _, context = ranking.compare(adapter, reading)
         weighting: Weighting = "relevance*text_activation" if ranking is self else "text_activation"
@@ -462,7 +460,7 @@ class MSEAAndARCMaps(_RankingOptions, MSEAMaps):
 @dataclass(kw_only=True)
 class TAM(_Explainer):
     r"""
-    Token Activation Map from its definition (:mod:`captum_intramodal.tam`), for one picture that is one raster of
+    Token Activation Map from its definition (:mod:`captum_intramodal.tam`), for one image that is one raster of
     visual tokens.
 
     Args:
@@ -483,19 +481,19 @@ class TAM(_Explainer):
         return PassRequest(layer=self.layer)
 
     def explain(
-        self, adapter: ModelAdapter, pictures: list[Image.Image], prompt: Prompt, answer_ids: list[int]
+        self, adapter: ModelAdapter, images: list[Image.Image], prompt: Prompt, answer_ids: list[int]
     ) -> list[Tensor]:
-        picture = _single(self, pictures)
-        reading = _read((adapter, pictures, prompt, answer_ids), self.wish)
+        image = _single(self, images)
+        reading = _read((adapter, images, prompt, answer_ids), self.wish)
         (level,) = reading.levels
         if not isinstance(level, TokenScaleMaps):
             raise ValueError(f"TAM needs a map per visual token, which {type(adapter.model).__name__} does not have.")
         placed = level.geometry.is_local
-        boxes = level.boxes(0, picture.size)[placed]
+        boxes = level.boxes(0, image.size)[placed]
         grid = len(boxes[:, 1].round().unique()), len(boxes[:, 0].round().unique())
         if grid[0] * grid[1] != len(boxes):
             raise ValueError(
-                f"TAM needs one raster of visual tokens, but the {len(boxes)} of this picture have {grid[0]} different "
+                f"TAM needs one raster of visual tokens, but the {len(boxes)} of this image have {grid[0]} different "
                 f"heights and {grid[1]} different places along them; tiles and thumbnails are none."
             )
         context = ARC(model=adapter.lens).compare([reading.last], reading.last, reading.text.ids)
@@ -503,14 +501,14 @@ class TAM(_Explainer):
         maps = token_activation_map(
             level.activation[:, placed], context.text_activation, ids[:, None] == ids, grid=grid, filter=self.filter
         )
-        drawn = rasterize(maps, boxes, picture.size, (2 * grid[0], 2 * grid[1]))
+        drawn = rasterize(maps, boxes, image.size, (2 * grid[0], 2 * grid[1]))
         return [drawn[-len(answer_ids) :]]
 
     def explain_text(
-        self, adapter: ModelAdapter, pictures: Sequence[Image.Image], prompt: Prompt, answer_ids: Sequence[int]
+        self, adapter: ModelAdapter, images: Sequence[Image.Image], prompt: Prompt, answer_ids: Sequence[int]
     ) -> TextMaps:
         """The text activation, by which it weighs its context."""
-        return LogitLensMaps(layer=self.layer).explain_text(adapter, pictures, prompt, answer_ids)
+        return LogitLensMaps(layer=self.layer).explain_text(adapter, images, prompt, answer_ids)
 
 
 # --- MSEA and ARC around any explainer -------------------------------------------------------------------------------
@@ -519,7 +517,7 @@ class TAM(_Explainer):
 @dataclass(kw_only=True)
 class MSEAAround(_ScaleOptions, _Explainer):
     r"""
-    MSEA around any explainer: it explains the pictures at each scale that shows the model something of its own; its
+    MSEA around any explainer: it explains the images at each scale that shows the model something of its own; its
     maps, interpolated to the finest of their grids, are aggregated as they are.
 
     Args:
@@ -535,14 +533,14 @@ class MSEAAround(_ScaleOptions, _Explainer):
         return f"msea+{self.base.name}"
 
     def explain(
-        self, adapter: ModelAdapter, pictures: list[Image.Image], prompt: Prompt, answer_ids: list[int]
+        self, adapter: ModelAdapter, images: list[Image.Image], prompt: Prompt, answer_ids: list[int]
     ) -> list[Tensor]:
         with torch.no_grad():
-            sights, _ = select_views(adapter, pictures, self.scales, adapter.prepare(pictures, prompt))
+            sights, _ = select_views(adapter, images, self.scales, adapter.prepare(images, prompt))
         seen = []
         for scale in sights:
-            sizes = [(max(1, round(p.width * scale)), max(1, round(p.height * scale))) for p in pictures]
-            shown = resize_pictures(pictures, sizes)
+            sizes = [(max(1, round(p.width * scale)), max(1, round(p.height * scale))) for p in images]
+            shown = resize_images(images, sizes)
             seen.append(self.base(adapter, shown, prompt, answer_ids))
         weights = self.weights_of(list(sights))
         result = []
@@ -578,10 +576,10 @@ class ARCAround(_RankingOptions, _Explainer):
         return PassRequest(ranking_layers=tuple(self.layers), method="auto")
 
     def explain(
-        self, adapter: ModelAdapter, pictures: list[Image.Image], prompt: Prompt, answer_ids: list[int]
+        self, adapter: ModelAdapter, images: list[Image.Image], prompt: Prompt, answer_ids: list[int]
     ) -> list[Tensor]:
-        maps = self.base(adapter, pictures, prompt, answer_ids)
-        return self.suppress(adapter, maps, _read((adapter, pictures, prompt, answer_ids), self.wish))
+        maps = self.base(adapter, images, prompt, answer_ids)
+        return self.suppress(adapter, maps, _read((adapter, images, prompt, answer_ids), self.wish))
 
 
 # --- Attention -------------------------------------------------------------------------------------------------------
@@ -610,27 +608,27 @@ class _AttentionMaps(_Explainer):
     needs_all_layers: ClassVar[bool] = True
 
     def explain(
-        self, adapter: ModelAdapter, pictures: list[Image.Image], prompt: Prompt, answer_ids: list[int]
+        self, adapter: ModelAdapter, images: list[Image.Image], prompt: Prompt, answer_ids: list[int]
     ) -> list[Tensor]:
-        encoding, values = self.read(adapter, pictures, prompt, answer_ids)
-        return draw_positions(values, adapter, encoding.input_ids, [picture.size for picture in pictures])
+        encoding, values = self.read(adapter, images, prompt, answer_ids)
+        return draw_positions(values, adapter, encoding.input_ids, [image.size for image in images])
 
     def explain_text(
-        self, adapter: ModelAdapter, pictures: Sequence[Image.Image], prompt: Prompt, answer_ids: Sequence[int]
+        self, adapter: ModelAdapter, images: Sequence[Image.Image], prompt: Prompt, answer_ids: Sequence[int]
     ) -> TextMaps:
         """The same values at the text tokens."""
         with torch.enable_grad(), evaluation_mode(adapter.model, gradients=True):
-            encoding, values = self.read(adapter, pictures, prompt, answer_ids)
+            encoding, values = self.read(adapter, images, prompt, answer_ids)
         positions = text_positions(adapter, encoding)
         # The position before a token sees all up to itself.
         return TextMaps(positions, values.detach().float().clamp_min(0).cpu()[:, positions])
 
     def read(
-        self, adapter: ModelAdapter, pictures: Sequence[Image.Image], prompt: Prompt, answer_ids: Sequence[int]
+        self, adapter: ModelAdapter, images: Sequence[Image.Image], prompt: Prompt, answer_ids: Sequence[int]
     ) -> tuple[Encoding, Tensor]:
         """The sequence, and what each of its positions says of the answer's T tokens, (T, positions)."""
-        _check_sequence(self, adapter, [picture.size for picture in pictures])
-        encoding = adapter.encode(adapter.prepare(list(pictures), prompt), list(answer_ids))
+        _check_sequence(self, adapter, [image.size for image in images])
+        encoding = adapter.encode(adapter.prepare(list(images), prompt), list(answer_ids))
         length, layers = len(encoding.input_ids), len(decoder_layers(adapter.model))
         with eager_attention(adapter.model):
             output = self.run(adapter, encoding)
@@ -776,18 +774,18 @@ class GradCAM(_Explainer):
     layer: int = -2
 
     def explain(
-        self, adapter: ModelAdapter, pictures: list[Image.Image], prompt: Prompt, answer_ids: list[int]
+        self, adapter: ModelAdapter, images: list[Image.Image], prompt: Prompt, answer_ids: list[int]
     ) -> list[Tensor]:
-        picture = image_to_tensor(_single(self, pictures))
-        _check_sequence(self, adapter, [pictures[0].size])
+        image = image_to_tensor(_single(self, images))
+        _check_sequence(self, adapter, [images[0].size])
         layers = decoder_layers(adapter.model)
         _check_layer(self.layer, len(layers))
         forward = PixelForward(adapter, prompt, answer_ids, "token_log_probs")
         method = VisualTokenAttribution(LayerGradCam(forward, layers[self.layer]))
-        return [torch.cat([self.attribute(method, picture, target)[0] for target in forward.targets])]
+        return [torch.cat([self.attribute(method, image, target)[0] for target in forward.targets])]
 
-    def attribute(self, method: VisualTokenAttribution, picture: Tensor, target: Any) -> Tensor:
-        maps: Tensor = method.attribute(picture, target=target)
+    def attribute(self, method: VisualTokenAttribution, image: Tensor, target: Any) -> Tensor:
+        maps: Tensor = method.attribute(image, target=target)
         return maps
 
 
@@ -795,7 +793,7 @@ class GradCAM(_Explainer):
 class LLaVACAM(GradCAM):
     r"""
     In the manner of LLaVA-CAM (Zhang et al., "From redundancy to relevance", 2025): Grad-CAM at a decoder layer,
-    averaged over noisy copies of the picture.
+    averaged over noisy copies of the image.
 
     Args:
 
@@ -820,10 +818,10 @@ class LLaVACAM(GradCAM):
         if not self.noise >= 0:
             raise ValueError(f"noise must not be negative, got {self.noise}.")
 
-    def attribute(self, method: VisualTokenAttribution, picture: Tensor, target: Any) -> Tensor:
+    def attribute(self, method: VisualTokenAttribution, image: Tensor, target: Any) -> Tensor:
         torch.manual_seed(self.seed)  # The random state is given back by __call__.
         maps: Tensor = NoiseTunnel(method).attribute(
-            picture, nt_type="smoothgrad", nt_samples=self.samples, nt_samples_batch_size=1, stdevs=float(self.noise),
+            image, nt_type="smoothgrad", nt_samples=self.samples, nt_samples_batch_size=1, stdevs=float(self.noise),
             target=target,
         )  # fmt: skip
         return maps
@@ -831,7 +829,7 @@ class LLaVACAM(GradCAM):
 
 @dataclass(kw_only=True)
 class _PixelMaps(_Explainer):
-    """A method of the picture's pixels: channels are summed, pixels averaged over cells, negative cells are 0."""
+    """A method of the image's pixels: channels are summed, pixels averaged over cells, negative cells are 0."""
 
     cells: int = 24
 
@@ -839,15 +837,15 @@ class _PixelMaps(_Explainer):
         _check_positive("cells", self.cells)
 
     def explain(
-        self, adapter: ModelAdapter, pictures: list[Image.Image], prompt: Prompt, answer_ids: list[int]
+        self, adapter: ModelAdapter, images: list[Image.Image], prompt: Prompt, answer_ids: list[int]
     ) -> list[Tensor]:
-        picture = _single(self, pictures)
+        image = _single(self, images)
         forward = PixelForward(adapter, prompt, answer_ids, "token_log_probs")
-        values = self.attribute(forward, picture)
-        return [F.adaptive_avg_pool2d(values.detach().float().sum(1), _grid(picture, self.cells))]
+        values = self.attribute(forward, image)
+        return [F.adaptive_avg_pool2d(values.detach().float().sum(1), _grid(image, self.cells))]
 
     @abstractmethod
-    def attribute(self, forward: PixelForward, picture: Image.Image) -> Tensor:
+    def attribute(self, forward: PixelForward, image: Image.Image) -> Tensor:
         """(T, 3, height, width) of either sign."""
 
 
@@ -864,8 +862,8 @@ class InputXGradientMaps(_PixelMaps):
 
     name: ClassVar[str] = "input_x_gradient"
 
-    def attribute(self, forward: PixelForward, picture: Image.Image) -> Tensor:
-        return _each_target(InputXGradient(forward), forward, picture)
+    def attribute(self, forward: PixelForward, image: Image.Image) -> Tensor:
+        return _each_target(InputXGradient(forward), forward, image)
 
 
 @dataclass(kw_only=True)
@@ -879,7 +877,7 @@ class IntegratedGradientsMaps(_PixelMaps):
                     Default: 24
         n_steps (int, optional): Steps of the integral.
                     Default: 20
-        baseline (str, optional): Where it begins: ``'black'``, the picture's ``'mean'`` colour, or the picture
+        baseline (str, optional): Where it begins: ``'black'``, the image's ``'mean'`` color, or the image
                     ``'blur'``\ red as in :class:`~captum_intramodal.metrics.Imputer`.
                     Default: ``'black'``
     """
@@ -894,9 +892,9 @@ class IntegratedGradientsMaps(_PixelMaps):
         _check_baseline(self.baseline)
         _check_positive("n_steps", self.n_steps)
 
-    def attribute(self, forward: PixelForward, picture: Image.Image) -> Tensor:
-        options = {"baselines": _baseline(picture, self.baseline), "n_steps": self.n_steps, "internal_batch_size": 1}
-        return _each_target(IntegratedGradients(forward), forward, picture, **options)
+    def attribute(self, forward: PixelForward, image: Image.Image) -> Tensor:
+        options = {"baselines": _baseline(image, self.baseline), "n_steps": self.n_steps, "internal_batch_size": 1}
+        return _each_target(IntegratedGradients(forward), forward, image, **options)
 
 
 @dataclass(kw_only=True)
@@ -908,13 +906,13 @@ class OcclusionMaps(_PixelMaps):
 
         cells (int, optional): See :class:`InputXGradientMaps`.
                     Default: 24
-        window (float, optional): Side of the square that is hidden, as a fraction of the picture's shorter side.
+        window (float, optional): Side of the square that is hidden, as a fraction of the image's shorter side.
                     Default: 0.25
         stride (float, optional): Its step, as a fraction of its side.
                     Default: 0.5
         baseline (str, optional): What hides, see :class:`IntegratedGradientsMaps`.
                     Default: ``'mean'``
-        batch_size (int, optional): Pictures that run together; changes no result.
+        batch_size (int, optional): Images that run together; changes no result.
                     Default: 16
     """
 
@@ -931,19 +929,19 @@ class OcclusionMaps(_PixelMaps):
         if not (0 < self.window <= 1 and 0 < self.stride <= 1):
             raise ValueError(f"window and stride must be above 0 and at most 1, got {self.window} and {self.stride}.")
 
-    def attribute(self, forward: PixelForward, picture: Image.Image) -> Tensor:
-        side = max(1, round(self.window * min(picture.size)))
+    def attribute(self, forward: PixelForward, image: Image.Image) -> Tensor:
+        side = max(1, round(self.window * min(image.size)))
         step = max(1, round(self.stride * side))
         with torch.no_grad():
             values: Tensor = Occlusion(forward).attribute(
-                image_to_tensor(picture), (3, side, side), strides=(3, step, step),
-                baselines=_baseline(picture, self.baseline), perturbations_per_eval=self.batch_size,
+                image_to_tensor(image), (3, side, side), strides=(3, step, step),
+                baselines=_baseline(image, self.baseline), perturbations_per_eval=self.batch_size,
             )  # fmt: skip
         return values
 
 
-def _each_target(method: Attribution, forward: PixelForward, picture: Image.Image, **options: Any) -> Tensor:
-    pixels = image_to_tensor(picture).requires_grad_()  # Else Captum warns that it asks for that.
+def _each_target(method: Attribution, forward: PixelForward, image: Image.Image, **options: Any) -> Tensor:
+    pixels = image_to_tensor(image).requires_grad_()  # Else Captum warns that it asks for that.
     return torch.cat([method.attribute(pixels, target=target, **options).detach() for target in forward.targets])
 
 
@@ -952,10 +950,10 @@ def _check_baseline(baseline: str) -> None:
         raise ValueError(f"baseline must be one of {', '.join(get_args(Baseline))}; got {baseline!r}.")
 
 
-def _baseline(picture: Image.Image, kind: Baseline) -> Tensor:
+def _baseline(image: Image.Image, kind: Baseline) -> Tensor:
     if kind == "black":
-        return torch.zeros(1, 3, picture.height, picture.width)
-    return image_to_tensor(Imputer(picture, kind).nothing_kept())
+        return torch.zeros(1, 3, image.height, image.width)
+    return image_to_tensor(Imputer(image, kind).nothing_kept())
 
 
 # --- Upper and lower marks -------------------------------------------------------------------------------------------
@@ -1062,20 +1060,20 @@ class GreedySearch(_Explainer):
         check_imputation(self.imputation)
 
     def explain(
-        self, adapter: ModelAdapter, pictures: list[Image.Image], prompt: Prompt, answer_ids: list[int]
+        self, adapter: ModelAdapter, images: list[Image.Image], prompt: Prompt, answer_ids: list[int]
     ) -> list[Tensor]:
         scorer = AnswerScorer(adapter, prompt, answer_ids, self.batch_size)
-        imputers = [Imputer(picture, self.imputation, self.seed) for picture in pictures]
-        grids = [_grid(picture, self.cells) for picture in pictures]
+        imputers = [Imputer(image, self.imputation, self.seed) for image in images]
+        grids = [_grid(image, self.cells) for image in images]
         counts = [rows * columns for rows, columns in grids]
 
         def score(kept: Tensor) -> Tensor:
             results = []
-            for part in kept.split(self.batch_size):  # So many pictures exist at a time.
+            for part in kept.split(self.batch_size):  # So many images exist at a time.
                 shown = [
-                    imputer(_stretched(cells.reshape(-1, *grid), picture.size))
-                    for imputer, picture, cells, grid in zip(
-                        imputers, pictures, part.split(counts, dim=1), grids, strict=True
+                    imputer(_stretched(cells.reshape(-1, *grid), image.size))
+                    for imputer, image, cells, grid in zip(
+                        imputers, images, part.split(counts, dim=1), grids, strict=True
                     )
                 ]
                 results.append(scorer.log_probability(list(zip(*shown, strict=True))).exp())
@@ -1086,7 +1084,7 @@ class GreedySearch(_Explainer):
 
 
 def _stretched(cells: Tensor, size: tuple[int, int]) -> np.ndarray:
-    """Cells (N, rows, columns) at the pixels of a picture, bool (N, height, width)."""
+    """Cells (N, rows, columns) at the pixels of an image, bool (N, height, width)."""
     pixels: np.ndarray = F.interpolate(cells[:, None].float(), size[::-1], mode="nearest-exact")[:, 0].bool().numpy()
     return pixels
 
@@ -1094,7 +1092,7 @@ def _stretched(cells: Tensor, size: tuple[int, int]) -> np.ndarray:
 @dataclass(kw_only=True)
 class RandomMaps(_Explainer):
     r"""
-    Uniform noise, another one for each picture, token and seed: a lower mark.
+    Uniform noise, another one for each image, token and seed: a lower mark.
 
     Args:
 
@@ -1113,20 +1111,20 @@ class RandomMaps(_Explainer):
         _check_positive("cells", self.cells)
 
     def explain(
-        self, adapter: ModelAdapter, pictures: list[Image.Image], prompt: Prompt, answer_ids: list[int]
+        self, adapter: ModelAdapter, images: list[Image.Image], prompt: Prompt, answer_ids: list[int]
     ) -> list[Tensor]:
         maps = []
-        for index, picture in enumerate(pictures):
-            seen = zlib.crc32(picture.tobytes())
+        for index, image in enumerate(images):
+            seen = zlib.crc32(image.tobytes())
             generator = np.random.default_rng([self.seed, index, seen])
-            noise = generator.random((len(answer_ids), *_grid(picture, self.cells)), np.float32)
+            noise = generator.random((len(answer_ids), *_grid(image, self.cells)), np.float32)
             maps.append(torch.from_numpy(noise))
         return maps
 
     def explain_text(
-        self, adapter: ModelAdapter, pictures: Sequence[Image.Image], prompt: Prompt, answer_ids: Sequence[int]
+        self, adapter: ModelAdapter, images: Sequence[Image.Image], prompt: Prompt, answer_ids: Sequence[int]
     ) -> TextMaps:
-        encoding = adapter.encode(adapter.prepare(list(pictures), prompt), list(answer_ids))
+        encoding = adapter.encode(adapter.prepare(list(images), prompt), list(answer_ids))
         positions = text_positions(adapter, encoding)
         generator = np.random.default_rng([self.seed, *answer_ids])
         noise = torch.from_numpy(generator.random((len(answer_ids), len(positions)), np.float32))
@@ -1134,9 +1132,9 @@ class RandomMaps(_Explainer):
 
 
 @dataclass(kw_only=True)
-class CentreGaussian(_Explainer):
+class CenterGaussian(_Explainer):
     r"""
-    A Gaussian in the middle of the picture, whatever the token: the lower mark for pictures with their objects there.
+    A Gaussian in the middle of the image, whatever the token: the lower mark for images with their objects there.
 
     Args:
 
@@ -1156,22 +1154,22 @@ class CentreGaussian(_Explainer):
         _check_positive("cells", self.cells)
 
     def explain(
-        self, adapter: ModelAdapter, pictures: list[Image.Image], prompt: Prompt, answer_ids: list[int]
+        self, adapter: ModelAdapter, images: list[Image.Image], prompt: Prompt, answer_ids: list[int]
     ) -> list[Tensor]:
         maps = []
-        for picture in pictures:
+        for image in images:
             y, x = (
                 torch.exp(-(((torch.arange(n) + 0.5) / n - 0.5) ** 2) / (2 * self.sigma**2))
-                for n in _grid(picture, self.cells)
+                for n in _grid(image, self.cells)
             )
             maps.append((y[:, None] * x).expand(len(answer_ids), -1, -1))
         return maps
 
 
-def _grid(picture: Image.Image, cells: int) -> tuple[int, int]:
+def _grid(image: Image.Image, cells: int) -> tuple[int, int]:
     """Rows and columns of about square cells, so many along the longer side, and no smaller than a pixel."""
-    side = max(max(picture.size) / cells, 1.0)
-    return max(1, round(picture.height / side)), max(1, round(picture.width / side))
+    side = max(max(image.size) / cells, 1.0)
+    return max(1, round(image.height / side)), max(1, round(image.width / side))
 
 
 def _check_positive(name: str, value: float) -> None:
@@ -1179,10 +1177,10 @@ def _check_positive(name: str, value: float) -> None:
         raise ValueError(f"{name} must be positive, got {value}.")
 
 
-def _single(explainer: Explainer, pictures: Sequence[Image.Image]) -> Image.Image:
-    if len(pictures) != 1:
-        raise ValueError(f"{explainer.name} explains answers about one picture, got {len(pictures)}.")
-    return pictures[0]
+def _single(explainer: Explainer, images: Sequence[Image.Image]) -> Image.Image:
+    if len(images) != 1:
+        raise ValueError(f"{explainer.name} explains answers about one image, got {len(images)}.")
+    return images[0]
 
 
 # --- By name ---------------------------------------------------------------------------------------------------------
@@ -1192,7 +1190,7 @@ EXPLAINERS: dict[str, Callable[..., Explainer]] = {
     for explainer in (
         LogitLensMaps, MSEAMaps, ARCMaps, MSEAAndARCMaps, TAM, AttentionMaps, AttentionRollout, AttentionXGradient,
         GradCAM, LLaVACAM, InputXGradientMaps, IntegratedGradientsMaps, OcclusionMaps, GreedySearch, RandomMaps,
-        CentreGaussian,
+        CenterGaussian,
     )
 }  # fmt: skip
 _AROUND: dict[str, Callable[..., Explainer]] = {"msea": MSEAAround, "arc": ARCAround}

@@ -11,7 +11,7 @@ import captum_intramodal
 ROOT = Path(captum_intramodal.__file__).parent
 PACKAGE = captum_intramodal.__name__
 
-# docs/architecture.md draws them; the lowest first. What shares a floor does not import its neighbours.
+# docs/architecture.md draws them; the lowest first. What shares a floor does not import its neighbors.
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("_version", "errors"),
     ("_utils", "text", "demo"),

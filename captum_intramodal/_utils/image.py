@@ -14,14 +14,14 @@ __all__ = ["check_images", "image_to_tensor"]
 
 
 def check_images(images: Any) -> list[Image.Image]:
-    """One or several PIL pictures, in RGB."""
-    pictures = [images] if isinstance(images, Image.Image) else list(images)
-    if not pictures or not all(isinstance(picture, Image.Image) for picture in pictures):
+    """One or several PIL images, in RGB."""
+    listed = [images] if isinstance(images, Image.Image) else list(images)
+    if not listed or not all(isinstance(image, Image.Image) for image in listed):
         raise TypeError(
-            f"images must be one or several PIL images, got {[type(p).__name__ for p in pictures] or 'none'}; "
+            f"images must be one or several PIL images, got {[type(image).__name__ for image in listed] or 'none'}; "
             "open a file with PIL.Image.open(path)."
         )
-    return [picture.convert("RGB") for picture in pictures]
+    return [image.convert("RGB") for image in listed]
 
 
 def stack_frames(frames: Sequence[Image.Image | Tensor]) -> Tensor:
@@ -35,9 +35,9 @@ def _channels_first(frame: Image.Image | Tensor) -> Tensor:
     return frame if isinstance(frame, Tensor) else torch.from_numpy(np.array(frame)).permute(2, 0, 1)
 
 
-def image_to_tensor(picture: Image.Image) -> Tensor:
-    """An RGB picture as :class:`PixelForward` takes it, float32 (1, 3, height, width) in [0, 1]."""
-    return torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None].float() / 255
+def image_to_tensor(image: Image.Image) -> Tensor:
+    """An RGB image as :class:`PixelForward` takes it, float32 (1, 3, height, width) in [0, 1]."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float() / 255
 
 
 def tensor_to_image(levels: Tensor) -> Image.Image:

@@ -1,4 +1,4 @@
-r"""How likely an answer is when pictures or words are changed: teacher-forced, batched."""
+r"""How likely an answer is when images or words are changed: teacher-forced, batched."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from captum_intramodal.adapter.model_adapter import ModelAdapter
 from captum_intramodal.adapter.prompts import Prompt
 from captum_intramodal.models.hooks import evaluation_mode
 
-__all__ = ["AnswerScorer", "Pictures"]
+__all__ = ["AnswerScorer", "Images"]
 
-Pictures = Image.Image | Sequence[Image.Image]
+Images = Image.Image | Sequence[Image.Image]
 
 
 class AnswerScorer:
@@ -38,8 +38,8 @@ class AnswerScorer:
     Examples::
 
         >>> scorer = AnswerScorer(adapter, "describe the picture.", "a dog.")
-        >>> dog = scorer.log_probability([picture, darker_picture])[:, 1].exp()      # probability of the second token
-        >>> whole = scorer.log_probability([picture, darker_picture]).sum(1).exp()   # of the whole answer
+        >>> dog = scorer.log_probability([image, darker_image])[:, 1].exp()      # probability of the second token
+        >>> whole = scorer.log_probability([image, darker_image]).sum(1).exp()   # of the whole answer
     """
 
     def __init__(
@@ -54,14 +54,14 @@ class AnswerScorer:
 
     def log_probability(
         self,
-        pictures: Sequence[Pictures],
+        images: Sequence[Images],
         replaced: Sequence[Tensor] | None = None,
         baseline: int | None = None,
     ) -> Tensor:
         r"""
         Args:
 
-            pictures (Sequence): For each prompt its picture or pictures.
+            images (Sequence): For each prompt its image or images.
             replaced (Sequence[Tensor], optional): For each prompt the positions of tokens that another one replaces,
                         int64: in the decoder's sequence of prompt and answer; of an encoder-decoder in its prompt.
                         Default: None
@@ -74,32 +74,32 @@ class AnswerScorer:
 
         Raises:
             ValueError: not as many lists of positions as prompts, or positions outside the sequence; the processor
-                makes prompts of different lengths of the pictures, so that positions have no meaning.
+                makes prompts of different lengths of the images, so that positions have no meaning.
         """
-        return self._run(pictures, replaced, baseline)[0]
+        return self._run(images, replaced, baseline)[0]
 
-    def predict(self, pictures: Sequence[Pictures]) -> tuple[Tensor, Tensor]:
+    def predict(self, images: Sequence[Images]) -> tuple[Tensor, Tensor]:
         r"""
         Args:
 
-            pictures (Sequence): For each prompt its picture or pictures.
+            images (Sequence): For each prompt its image or images.
 
         Returns:
             *tuple* of Tensors (prompts, tokens of the answer) on the CPU: the log-probabilities, float32, and the ids
             of the most likely tokens in their places, int64.
         """
-        return self._run(pictures)
+        return self._run(images)
 
     @torch.no_grad()
     def _run(
         self,
-        pictures: Sequence[Pictures],
+        images: Sequence[Images],
         replaced: Sequence[Tensor] | None = None,
         baseline: int | None = None,
     ) -> tuple[Tensor, Tensor]:
-        if replaced is not None and len(replaced) != len(pictures):
-            raise ValueError(f"{len(replaced)} lists of positions for {len(pictures)} prompts.")
-        shown = [[p] if isinstance(p, Image.Image) else list(p) for p in pictures]
+        if replaced is not None and len(replaced) != len(images):
+            raise ValueError(f"{len(replaced)} lists of positions for {len(images)} prompts.")
+        shown = [[p] if isinstance(p, Image.Image) else list(p) for p in images]
         result = torch.empty(len(shown), len(self.answer_ids))
         likeliest = torch.empty(result.shape, dtype=torch.int64)
         lengths = set()
@@ -115,18 +115,16 @@ class AnswerScorer:
                     result[numbers], likeliest[numbers] = self._read(encodings)
         if len(lengths) > 1:
             raise ValueError(
-                f"The processor makes prompts of {sorted(lengths)} tokens of these pictures; positions in one are not "
-                "those in another. Change pictures in a way that keeps their layout, or words only."
+                f"The processor makes prompts of {sorted(lengths)} tokens of these images; positions in one are not "
+                "those in another. Change images in a way that keeps their layout, or words only."
             )
         return result, likeliest
 
-    def without_tokens(
-        self, pictures: Pictures, positions: Tensor, removed: Tensor, baseline: int | None = None
-    ) -> Tensor:
+    def without_tokens(self, images: Images, positions: Tensor, removed: Tensor, baseline: int | None = None) -> Tensor:
         r"""
         Args:
 
-            pictures (PIL.Image.Image or Sequence[PIL.Image.Image]): The prompt's picture or pictures.
+            images (PIL.Image.Image or Sequence[PIL.Image.Image]): The prompt's image or images.
             positions (Tensor): Positions of T tokens, as in :meth:`log_probability`, int64 (T,).
             removed (Tensor): Which of them each row replaces, bool (N, T).
             baseline (int, optional): As in :meth:`log_probability`.
@@ -140,7 +138,7 @@ class AnswerScorer:
         if removed.ndim != 2 or removed.dtype != torch.bool or removed.shape[1] != len(positions):
             raise ValueError(f"removed must be bool (N, {len(positions)}), got {removed.dtype} {tuple(removed.shape)}.")
         rows = [positions[row] for row in removed.cpu()]
-        return self.log_probability([pictures] * len(rows), rows, baseline)
+        return self.log_probability([images] * len(rows), rows, baseline)
 
     def _replace(self, encodings: Sequence[Encoding], positions: Sequence[Tensor], baseline: int | None) -> None:
         token = self.adapter.baseline_token if baseline is None else baseline

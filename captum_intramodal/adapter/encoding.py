@@ -15,7 +15,7 @@ __all__ = ["Encoding", "stack_inputs"]
 
 @dataclass(frozen=True)
 class Encoding:
-    """Prompt, pictures and answer, teacher-forced: one example of a left-padded batch, which may be of 1.
+    """Prompt, images and answer, teacher-forced: one example of a left-padded batch, which may be of 1.
 
     Attributes:
         inputs (dict): keyword arguments of the model's forward, for the batch.
@@ -49,7 +49,7 @@ def append_left_padded(rows: Tensor, more: Sequence[Tensor], padding: int) -> Te
 
 
 def stack_inputs(examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Inputs of prompts of one length as those of a batch. Whatever their first dimension counts, examples, pictures,
+    """Inputs of prompts of one length as those of a batch. Whatever their first dimension counts, examples, images,
     tiles or patches, a batch has them one after the other."""
     return {
         key: torch.cat([example[key] for example in examples]) if isinstance(value, Tensor) else value

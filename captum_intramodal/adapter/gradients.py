@@ -37,7 +37,7 @@ def input_x_gradient(
             Per text token, by name, a float32 tensor of the pixel tensor's shape, on the CPU.
 
     Raises:
-        ValueError: no gradient reaches the pixels, as where a model quantises its pictures.
+        ValueError: no gradient reaches the pixels, as where a model quantizes its images.
     """
     leaves = {key: encoding.inputs[key].to(adapter.model.dtype).detach().clone().requires_grad_() for key in keys}
     with torch.enable_grad():

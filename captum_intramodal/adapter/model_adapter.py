@@ -38,15 +38,15 @@ _LENSES: WeakKeyDictionary[torch.nn.Module, LogitLens] = WeakKeyDictionary()
 
 class ModelAdapter:
     r"""
-    Binds a model and its processor, and knows what is the same for all of them: how a prompt with pictures becomes
-    model inputs, at any picture size; how an answer is generated or appended; where the visual tokens are and which
-    region of the picture each stands for (measured, see :mod:`captum_intramodal.geometry`).
+    Binds a model and its processor, and knows what is the same for all of them: how a prompt with images becomes
+    model inputs, at any image size; how an answer is generated or appended; where the visual tokens are and which
+    region of the image each stands for (measured, see :mod:`captum_intramodal.geometry`).
 
     Args:
 
         model (PreTrainedModel): An image-text-to-text model, in any dtype, on any device.
         processor: Its processor, from ``AutoProcessor.from_pretrained``.
-        video (bool, optional): Whether the pictures of a prompt are the frames of one video, all of one size.
+        video (bool, optional): Whether the images of a prompt are the frames of one video, all of one size.
                     Default: False
         working_memory (int, optional): Bytes that a step which works in parts takes at a time.
                     Default: 16 MiB
@@ -57,7 +57,7 @@ class ModelAdapter:
     """
 
     def __init__(self, model: Any, processor: Any, video: bool = False, working_memory: int = WORKING_MEMORY) -> None:
-        # A compiled module would be compiled anew for every hook and picture size.
+        # A compiled module would be compiled anew for every hook and image size.
         model = getattr(model, "_orig_mod", model)
         if (
             not isinstance(model, torch.nn.Module)
@@ -68,11 +68,11 @@ class ModelAdapter:
         if getattr(processor, "tokenizer", None) is None or getattr(processor, "image_processor", None) is None:
             raise TypeError(
                 f"{type(processor).__name__} is not the processor of an image-text-to-text model (it needs a tokenizer "
-                "and an image processor); load it with AutoProcessor.from_pretrained. A text-only model has no picture "
+                "and an image processor); load it with AutoProcessor.from_pretrained. A text-only model has no image "
                 "to explain."
             )
         if video and getattr(processor, "video_processor", None) is None:
-            raise ValueError(f"{type(model).__name__} takes no videos; pass its frames as pictures.")
+            raise ValueError(f"{type(model).__name__} takes no videos; pass its frames as images.")
         self.video = video
         self.working_memory = working_memory
         self.model: Any = model
@@ -94,7 +94,7 @@ class ModelAdapter:
         try:
             return LogitLens(self.model, working_memory=self.working_memory)
         except (ValueError, TypeError, RuntimeError, IndexError, KeyError, AttributeError):
-            # Not every model runs on text alone. All-black pictures are dropped by some.
+            # Not every model runs on text alone. All-black images are dropped by some.
             inputs = self.prepare([noise_image((64, 64))], "describe")
             ids = [i for i in range(len(self.tokenizer)) if i not in set(self.tokenizer.all_special_ids)]
             return LogitLens(self.model, self._cast(self.encode(inputs, ids[:8]).inputs), self.working_memory)
@@ -104,7 +104,7 @@ class ModelAdapter:
         """Whether the model says the same of the examples of a left-padded batch as of each alone: tried with two."""
         if self.is_encoder_decoder:
             return False
-        images = [self.trial_pictures(size) for size in ((96, 64), (200, 136))]
+        images = [self.trial_images(size) for size in ((96, 64), (200, 136))]
         prompts = ["describe", "describe describe describe"]
         try:
             with evaluation_mode(self.model):
@@ -121,11 +121,11 @@ class ModelAdapter:
     @cached_property
     def stacks(self) -> bool:
         """Whether inputs of single prompts, stacked by :func:`stack_inputs`, are read as each alone: tried with two."""
-        pictures = [self.trial_pictures((96, 64), seed) for seed in (0, 1)]
+        images = [self.trial_images((96, 64), seed) for seed in (0, 1)]
         try:
             with evaluation_mode(self.model):
                 answer = self.tokenize_answer("describe")
-                inputs = [self.encode(self.prepare(shown, "describe"), answer).inputs for shown in pictures]
+                inputs = [self.encode(self.prepare(shown, "describe"), answer).inputs for shown in images]
                 together = self.run(stack_inputs(inputs)).logits
                 gaps = [
                     logits_gap(logits[-1:], self.run(single).logits[0, -1:])
@@ -140,8 +140,8 @@ class ModelAdapter:
         """Largest :func:`logits_gap` between two ways of running the model that say the same."""
         return 1e-3 if self.model.dtype in (torch.float32, torch.float64) else 5e-2
 
-    def trial_pictures(self, size: Size, seed: int = 0) -> list[Image.Image]:
-        """Noise, as a prompt's picture or as the frames of its video, to try on the model what it can do."""
+    def trial_images(self, size: Size, seed: int = 0) -> list[Image.Image]:
+        """Noise, as a prompt's image or as the frames of its video, to try on the model what it can do."""
         return [noise_image(size, seed)] * (2 if self.video else 1)
 
     def _try_batch(self, images: Sequence[Any], prompts: Sequence[str]) -> list[tuple[Tensor, list[Tensor]]]:
@@ -161,10 +161,10 @@ class ModelAdapter:
         return input_device(self.model)
 
     def prompt_text(self, prompt: Prompt, n_images: int) -> str:
-        """The prompt as the model reads it: in its chat template where it has one, with a placeholder per picture."""
+        """The prompt as the model reads it: in its chat template where it has one, with a placeholder per image."""
         if isinstance(prompt, str):
             if not prompt.strip():
-                raise ValueError("The prompt is empty; ask the model something about the picture.")
+                raise ValueError("The prompt is empty; ask the model something about the image.")
             shown = [{"type": "video"}] if self.video else [{"type": "image"}] * n_images
             content = [*shown, {"type": "text", "text": prompt}]
             messages: Sequence[Mapping[str, Any]] = [{"role": "user", "content": content}]
@@ -177,19 +177,19 @@ class ModelAdapter:
         return f"{self._placeholder * n_images}{prompt}"
 
     def prepare(self, images: Sequence[Image.Image | Tensor], prompt: Prompt) -> dict[str, Any]:
-        """Model inputs for a prompt about pictures, as the processor makes them, on the model's device."""
+        """Model inputs for a prompt about images, as the processor makes them, on the model's device."""
         return self.prepare_batch([images], [prompt])
 
     def prepare_batch(
         self, images: Sequence[Sequence[Image.Image | Tensor]], prompts: Sequence[Prompt]
     ) -> dict[str, Any]:
         r"""
-        Model inputs for several prompts, each about pictures of its own, as the processor makes them, left-padded and
+        Model inputs for several prompts, each about images of its own, as the processor makes them, left-padded and
         on the model's device.
 
         Args:
 
-            images (Sequence[Sequence[PIL.Image.Image]]): The pictures of each prompt.
+            images (Sequence[Sequence[PIL.Image.Image]]): The images of each prompt.
             prompts (Sequence): One per example, see :meth:`prompt_text`.
 
         Returns:
@@ -197,7 +197,7 @@ class ModelAdapter:
 
         Raises:
             ValueError: a processor that does not pad several prompts on the left. Others raise errors of their own
-                where they cannot stack pictures of different sizes.
+                where they cannot stack images of different sizes.
         """
         texts: list[Any] = [self.prompt_text(prompt, len(shown)) for prompt, shown in zip(prompts, images, strict=True)]
         extra, *others = [self._tokenizing(text) for text in texts]
@@ -235,10 +235,10 @@ class ModelAdapter:
         return inputs
 
     def _interleave(self, text: str, images: Sequence[Any]) -> list[Any]:
-        """A prompt's texts and pictures in their order; such processors begin it themselves."""
+        """A prompt's texts and images in their order; such processors begin it themselves."""
         first, *others = text.removeprefix(self.tokenizer.bos_token or "").split(self._placeholder)
         if len(others) != len(images):
-            raise ValueError(f"The prompt has {len(others)} places for pictures, but there are {len(images)}.")
+            raise ValueError(f"The prompt has {len(others)} places for images, but there are {len(images)}.")
         pieces: list[Any] = [first]
         for image, piece in zip(images, others, strict=True):
             pieces += [image, piece]
@@ -255,7 +255,7 @@ class ModelAdapter:
         if len(prompts) > 1 and self.batches:
             try:
                 inputs = self.prepare_batch(images, prompts)
-            except Exception:  # These pictures cannot be stacked; an error of the caller's comes again below.
+            except Exception:  # These images cannot be stacked; an error of the caller's comes again below.
                 pass
             else:
                 yield list(range(len(prompts))), inputs
@@ -265,7 +265,7 @@ class ModelAdapter:
 
     def visual_prefix(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """The inputs as far as the states of the visual tokens depend on them: up to the last one, and the special
-        tokens that close its picture."""
+        tokens that close its image."""
         ids = self._decoder_ids(inputs)
         if family_of(self.model.config).attends_ahead:
             return dict(inputs)
@@ -279,7 +279,7 @@ class ModelAdapter:
     def _runs_along(self, key: str, value: Any, ids: Tensor) -> bool:
         """Whether an input has an entry for each token of the sequence, as masks and token types have."""
         along = isinstance(value, Tensor) and value.shape[:2] == ids.shape and not value.is_floating_point()
-        return along and (value is ids or key not in self._picture_keys)
+        return along and (value is ids or key not in self._image_keys)
 
     def starts(self, inputs: Mapping[str, Any]) -> list[int]:
         """Where each prompt of a left-padded batch begins in its sequence."""
@@ -293,12 +293,12 @@ class ModelAdapter:
 
     def prompt_positions(self, inputs: Mapping[str, Any], prompt: Prompt) -> tuple[Tensor, Tensor]:
         r"""
-        The tokens of a prompt about one picture, the chat template's included, without what the processor puts in the
-        place of the picture: as many at every size of the picture.
+        The tokens of a prompt about one image, the chat template's included, without what the processor puts in the
+        place of the image: as many at every size of the image.
 
         Args:
 
-            inputs (dict): What :meth:`prepare` makes of the picture and the prompt.
+            inputs (dict): What :meth:`prepare` makes of the image and the prompt.
             prompt (str or Sequence[Mapping]): The prompt.
 
         Returns:
@@ -432,7 +432,7 @@ class ModelAdapter:
             temperature=None,
             top_p=None,
             top_k=None,
-            # In the answer they would ask for the features of one more picture.
+            # In the answer they would ask for the features of one more image.
             suppress_tokens=placeholders or None,
             **({} if self.model.generation_config.pad_token_id is not None else {"pad_token_id": self._pad_token_id}),
             return_dict_in_generate=True,
@@ -458,13 +458,13 @@ class ModelAdapter:
         raise ValueError(f"The config of {type(self.model).__name__} does not say with which token an answer begins.")
 
     @property
-    def _picture_keys(self) -> set[str]:
-        """Inputs that belong to the pictures; one may by chance be as long as the sequence."""
+    def _image_keys(self) -> set[str]:
+        """Inputs that belong to the images; one may by chance be as long as the sequence."""
         return set(getattr(self.processor.image_processor, "model_input_names", ()))
 
     def visual_positions(self, input_ids: Tensor) -> Tensor:
         """Positions of the visual tokens in one sequence, which may be a row of a left-padded batch, int64 (V,); none
-        where pictures do not enter by placeholders."""
+        where images do not enter by placeholders."""
         if self.is_encoder_decoder or image_token_id(self.model) is None:
             return torch.empty(0, dtype=torch.int64, device=input_ids.device)
         return visual_positions(self.model, input_ids)
@@ -553,7 +553,7 @@ class ModelAdapter:
         return encodings
 
     def geometry(self, image_sizes: Sequence[tuple[int, int]]) -> TokenGeometry:
-        """Region of the picture that each visual token stands for, for pictures of these (width, height).
+        """Region of the image that each visual token stands for, for images of these (width, height).
 
         Raises:
             ValueError: the decoder reads no visual tokens, or their regions cannot be measured.
@@ -563,7 +563,7 @@ class ModelAdapter:
         )
 
     def pixel_maps(self, image_sizes: Sequence[tuple[int, int]]) -> PixelMaps:
-        """What each element of the processor's pixel tensors samples, for pictures of these (width, height)."""
+        """What each element of the processor's pixel tensors samples, for images of these (width, height)."""
         return cached_pixels(
             self.model, self.processor, lambda images: self.prepare(images, "describe"), tuple(image_sizes), self.video
         )

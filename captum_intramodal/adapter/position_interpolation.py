@@ -1,4 +1,4 @@
-r"""Pictures at a larger input size than a vision tower's own, by interpolation of its position embeddings."""
+r"""Images at a larger input size than a vision tower's own, by interpolation of its position embeddings."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ __all__ = ["ResizedInputAdapter", "ResizedInputView"]
 
 class ResizedInputAdapter(ModelAdapter):
     r"""
-    The same model, to which pictures are shown at a multiple of its input size.
+    The same model, to which images are shown at a multiple of its input size.
 
     Args:
 
         adapter (ModelAdapter): The model and its processor, neither of which is changed: hooks last for one pass, and
                     the larger size is that of a copy of the processor.
         scale (float): Factor of the input size; the size is rounded to whole patches.
-        more_tokens (bool): Whether a larger picture makes more visual tokens, as where each has a place in it.
+        more_tokens (bool): Whether a larger image makes more visual tokens, as where each has a place in it.
 
     Raises:
         ValueError: no part of the model has ``interpolate_pos_encoding``.
@@ -77,12 +77,12 @@ def _input_side(image_processor: Any) -> int:
         for length in [size] if isinstance(size, int) else dict(size or {}).values():
             if isinstance(length, int):
                 return length
-    raise ValueError("its image processor does not say what size it makes pictures of")
+    raise ValueError("its image processor does not say what size it makes images of")
 
 
 @dataclass(frozen=True)
 class ResizedInputView:
-    """What the model sees of the pictures at a larger input size than its own.
+    """What the model sees of the images at a larger input size than its own.
 
     Attributes:
         adapter (ResizedInputAdapter): shows them at that size.
@@ -110,7 +110,7 @@ class ResizedInputView:
             return cls(larger, larger.pixel_maps(sizes))
         except (ValueError, TypeError, RuntimeError, IndexError) as error:
             raise ValueError(
-                f"{type(adapter.model).__name__} cannot see pictures at {scale:g} times its input size: "
+                f"{type(adapter.model).__name__} cannot see images at {scale:g} times its input size: "
                 f"{str(error).rstrip('.')}. Leave interpolate_pos_encoding out; crops=True shows it cut-outs instead."
             ) from error
 

@@ -1,4 +1,4 @@
-r"""A pass that looks at the pictures: up to their last token, and from behind the text that another pass has read."""
+r"""A pass that looks at the images: up to their last token, and from behind the text that another pass has read."""
 
 from __future__ import annotations
 
@@ -39,15 +39,15 @@ _SHARES: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 
 class TextPrefix:
     r"""
-    Keys and values of the tokens before the first picture, taken from one pass and used in others.
+    Keys and values of the tokens before the first image, taken from one pass and used in others.
 
-    The model runs as always, so that its pictures and positions come where they belong; its decoder alone begins behind
+    The model runs as always, so that its images and positions come where they belong; its decoder alone begins behind
     the prefix. :func:`shares_prefix` says of which models the states are the same then.
 
     Args:
 
         adapter (ModelAdapter): The model.
-        inputs (Mapping): What its processor makes of the prompt and its pictures; one example.
+        inputs (Mapping): What its processor makes of the prompt and its images; one example.
 
     Examples::
 
@@ -161,9 +161,9 @@ def visual_states(
     Args:
 
         adapter (ModelAdapter): The model.
-        inputs (Mapping): What its processor makes of a batch of prompts and their pictures.
+        inputs (Mapping): What its processor makes of a batch of prompts and their images.
         layer (torch.nn.Module): The layer to read.
-        prefix (TextPrefix, optional): What is known of the tokens before the pictures.
+        prefix (TextPrefix, optional): What is known of the tokens before the images.
                     Default: None
 
     Returns:
@@ -190,7 +190,7 @@ def visual_states(
 
 
 def shares_prefix(adapter: ModelAdapter) -> bool:
-    """Whether a model says the same behind a prefix that another pass has read: tried with two small pictures, once."""
+    """Whether a model says the same behind a prefix that another pass has read: tried with two small images, once."""
     if adapter.model not in _SHARES:
         try:
             with evaluation_mode(adapter.model):
@@ -203,7 +203,7 @@ def shares_prefix(adapter: ModelAdapter) -> bool:
 def _try_sharing(adapter: ModelAdapter) -> bool:
     shown = {"type": "video" if adapter.video else "image"}
     prompt = [{"role": "user", "content": [{"type": "text", "text": "describe describe describe"}, shown]}]
-    first, second = (adapter.prepare(adapter.trial_pictures(size), prompt) for size in ((96, 64), (200, 136)))
+    first, second = (adapter.prepare(adapter.trial_images(size), prompt) for size in ((96, 64), (200, 136)))
     layer = adapter.lens.layers[-1]
     prefix = TextPrefix(adapter, first)
     with prefix.captured():

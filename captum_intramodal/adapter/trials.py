@@ -21,5 +21,5 @@ def logits_gap(actual: Tensor, expected: Tensor) -> float:
 
 
 def noise_image(size: Size, seed: int = 0) -> Image.Image:
-    """All-black pictures are dropped by some processors."""
+    """All-black images are dropped by some processors."""
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), np.uint8))

@@ -34,7 +34,7 @@ class AnswerForward(nn.Module):
 
     Args:
         adapter (ModelAdapter): The model and its processor.
-        prompt (str or Sequence[Mapping]): The question about one picture.
+        prompt (str or Sequence[Mapping]): The question about one image.
         answer (str or Sequence[int]): The answer whose tokens are predicted.
         output (str): One of :data:`OUTPUTS`, see :class:`PixelForward`.
         contrast (str, Sequence[int] or None): As many tokens as the answer has, see :class:`PixelForward`.
@@ -124,7 +124,7 @@ def at_least_float32(tensor: Tensor) -> Tensor:
 
 
 def avoid_blank_images(pixels: Tensor) -> Tensor:
-    """Pictures or tiles (..., channels, height, width) that are zero throughout, as of a mean-coloured baseline, moved
+    """Images or tiles (..., channels, height, width) that are zero throughout, as of a mean-colored baseline, moved
     off zero: Idefics and SmolVLM take them for padding and drop them."""
     if pixels.ndim < 4:
         return pixels

@@ -70,8 +70,8 @@ class ActivationRankingCorrelation(WrapperAttribution):
     whatever method; and as a wrapper, :meth:`attribute`, around a Captum method that explains one target at a time.
 
     Around a layer method at a decoder layer the maps are values at positions of the sequence (T, positions): see
-    ``reduce``, and :func:`~captum_intramodal.draw_positions` to see them on the picture. Around
-    :class:`~captum_intramodal.VisualTokenAttribution` they are maps of the picture. Of ``LayerGradCam``, a position's
+    ``reduce``, and :func:`~captum_intramodal.draw_positions` to see them on the image. Around
+    :class:`~captum_intramodal.VisualTokenAttribution` they are maps of the image. Of ``LayerGradCam``, a position's
     value is the sum over features of hidden states times the gradients' means over all positions. ``LayerLogitLens``
     attributes all targets in one pass.
 
@@ -116,7 +116,7 @@ class ActivationRankingCorrelation(WrapperAttribution):
         >>> suppressed = arc.suppress(maps, context)
 
         >>> arc = ActivationRankingCorrelation(LayerIntegratedGradients(forward, layer), relu_attributions=False)
-        >>> arc.attribute_all(picture, n_steps=20).shape        # forward: a PixelForward
+        >>> arc.attribute_all(image, n_steps=20).shape        # forward: a PixelForward
         torch.Size([answer tokens, positions])
     """
 

@@ -27,7 +27,7 @@ class HiddenStates(nn.Module):
     Captum expects of a layer that it is called with positional tensors, returns tensors only, and has channels in
     dimension 1. Decoder layers may be called by keyword and may return tuples with None in them, and ``LayerGradCam``
     would take their positions for channels. And it expects to see all examples in one call: of a ``PixelForward`` that
-    runs pictures one by one, the layer's states are collected first, shown together, and given back one by one.
+    runs images one by one, the layer's states are collected first, shown together, and given back one by one.
 
     Args:
 
@@ -49,7 +49,7 @@ class HiddenStates(nn.Module):
     Examples::
 
         >>> states = HiddenStates(forward, model.get_decoder().layers[-1], channels_first=True)
-        >>> LayerGradCam(states, states.layer).attribute(picture, target=target)  # (1, 1, positions)
+        >>> LayerGradCam(states, states.layer).attribute(image, target=target)  # (1, 1, positions)
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-r"""Captum's LLM results for pictures and text: of an explanation, or of a perturbation method on words and regions."""
+r"""Captum's LLM results for images and text: of an explanation, or of a perturbation method on words and regions."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ __all__ = ["MultimodalLLMAttribution"]
 
 class MultimodalLLMAttribution(Attribution):
     r"""
-    A Captum perturbation method on the features of pictures and text, as ``LLMAttribution`` is on those of text: its
+    A Captum perturbation method on the features of images and text, as ``LLMAttribution`` is on those of text: its
     attributions are for the log-probability of each token of the answer, and of the whole.
 
     Every perturbation is one teacher-forced pass from its own processor inputs, without a cache, for all tokens of the
-    answer together, so that pictures count for all of them. ``perturbations_per_eval`` perturbations run as one batch
+    answer together, so that images count for all of them. ``perturbations_per_eval`` perturbations run as one batch
     where the model says in a batch what it says alone, which is tried once; else one by one. A combination of
     features that occurs again is not run again.
 
@@ -54,7 +54,7 @@ class MultimodalLLMAttribution(Attribution):
     Examples::
 
         >>> adapter = ModelAdapter(model, processor)
-        >>> inp = ImageTextInput(adapter, picture, "describe the picture.", grid=(4, 4))
+        >>> inp = ImageTextInput(adapter, image, "describe the picture.", grid=(4, 4))
         >>> llm_attribution = MultimodalLLMAttribution(ShapleyValueSampling(model), adapter)
         >>> result = llm_attribution.attribute(inp, "a dog.", n_samples=10, perturbations_per_eval=8)
         >>> result.token_attr.shape                              # (tokens of the answer, features)
@@ -95,7 +95,7 @@ class MultimodalLLMAttribution(Attribution):
         r"""
         Args:
 
-            inp (ImageTextInput): Pictures and prompt.
+            inp (ImageTextInput): Images and prompt.
             target (str, Sequence[int] or Tensor, optional): The answer, as text or token ids.
                         Default: None, the model's own greedy answer.
             num_trials (int, optional): How often the method runs; the attributions are averaged.
@@ -160,9 +160,9 @@ class _AnswerForward:
         new = [row for row in dict.fromkeys(rows) if row not in self.known]
         if new:
             self.scorer.batch_size = len(new)
-            pictures = [self.inp.perturb_images(torch.tensor(row)) for row in new]
+            images = [self.inp.perturb_images(torch.tensor(row)) for row in new]
             replaced = [self.inp.absent_positions(torch.tensor(row)) for row in new]
-            read = self.scorer.log_probability(pictures, replaced, self.inp.text_baseline)
+            read = self.scorer.log_probability(images, replaced, self.inp.text_baseline)
             self.known |= zip(new, read, strict=True)
         log_probability = torch.stack([self.known[row] for row in rows])
         values = torch.cat([log_probability.sum(1, keepdim=True), log_probability], dim=1)

@@ -23,30 +23,30 @@ __all__ = ["ImageTextInput", "Row", "grid_segments", "number_segments"]
 Row = tuple[bool, ...]
 
 
-# A blurred baseline keeps what is larger than this fraction of the picture's longer side.
+# A blurred baseline keeps what is larger than this fraction of the image's longer side.
 _BLUR = 1 / 16
 
 
 class ImageTextInput(InterpretableInput):
     r"""
-    Pictures and a prompt as the features that a perturbation method hides: regions of the original pictures, and words
+    Images and a prompt as the features that a perturbation method hides: regions of the original images, and words
     or tokens of the prompt. Present is 1, absent is 0.
 
-    An absent region is painted over before the picture goes through the model's own processor. An absent token is
+    An absent region is painted over before the image goes through the model's own processor. An absent token is
     replaced by a baseline token, as Captum's ``TextTokenInput`` does, so that all others keep their places.
 
     Args:
 
         adapter (ModelAdapter): The model and its processor.
-        images (PIL.Image.Image or Sequence[PIL.Image.Image]): The picture or pictures, in the prompt's order.
+        images (PIL.Image.Image or Sequence[PIL.Image.Image]): The image or images, in the prompt's order.
         prompt (str or Sequence[Mapping]): The question; or chat messages, of which the last one's text has features.
-        grid (tuple[int, int], optional): Rows and columns of regions in each picture.
+        grid (tuple[int, int], optional): Rows and columns of regions in each image.
                     Default: ``(6, 6)``
-        segmentations (Sequence[Tensor], optional): Instead of the grid: per picture the segment that each pixel belongs
+        segmentations (Sequence[Tensor], optional): Instead of the grid: per image the segment that each pixel belongs
                     to, integer (height, width), superpixels for example.
                     Default: None
-        image_baseline (str or tuple[int, int, int], optional): What an absent region shows: the picture's mean colour
-                    (``'mean'``), the picture itself without its details (``'blur'``), or an RGB colour from 0 to 255.
+        image_baseline (str or tuple[int, int, int], optional): What an absent region shows: the image's mean color
+                    (``'mean'``), the image itself without its details (``'blur'``), or an RGB color from 0 to 255.
                     Default: ``'mean'``
         text (str, optional): Features of the prompt: its ``'words'``, its ``'tokens'`` or ``'none'``.
                     Default: ``'words'``
@@ -55,16 +55,16 @@ class ImageTextInput(InterpretableInput):
 
     Attributes:
         n_itp_features (int): number of features.
-        values (list[str]): their names: regions ``image_<picture>_feature_<segment>``, then the text's.
-        segmentations (list[Tensor]): per picture the feature that each pixel belongs to, int64 (height, width).
+        values (list[str]): their names: regions ``image_<image>_feature_<segment>``, then the text's.
+        segmentations (list[Tensor]): per image the feature that each pixel belongs to, int64 (height, width).
 
     Raises:
-        TypeError, ValueError: not pictures; a segmentation, grid or baseline that does not fit.
+        TypeError, ValueError: not images; a segmentation, grid or baseline that does not fit.
 
     Examples::
 
         >>> adapter = ModelAdapter(model, processor)
-        >>> inp = ImageTextInput(adapter, picture, "describe the picture.", grid=(4, 4))
+        >>> inp = ImageTextInput(adapter, image, "describe the picture.", grid=(4, 4))
         >>> inp.n_itp_features                                   # 16 regions, 3 words and a full stop
         20
     """
@@ -91,8 +91,8 @@ class ImageTextInput(InterpretableInput):
         sizes = [tuple(segmentation.shape[::-1]) for segmentation in segmentations]
         if sizes != [image.size for image in self.images] or any(s.is_floating_point() for s in segmentations):
             raise ValueError(
-                f"Segmentations of (width, height) {sizes} and types {[s.dtype for s in segmentations]} for pictures "
-                f"of {[image.size for image in self.images]}; they must be integers, of the pictures' sizes."
+                f"Segmentations of (width, height) {sizes} and types {[s.dtype for s in segmentations]} for images "
+                f"of {[image.size for image in self.images]}; they must be integers, of the images' sizes."
             )
         self.segmentations, names = number_segments(segmentations)
         self._baselines = [_baseline(image, image_baseline) for image in self.images]
@@ -122,7 +122,7 @@ class ImageTextInput(InterpretableInput):
         return torch.ones(1, self.n_itp_features)
 
     def perturb_images(self, perturbed_tensor: Tensor) -> list[Image.Image]:
-        """The pictures with their absent regions painted over."""
+        """The images with their absent regions painted over."""
         absent = self._absent(perturbed_tensor)
         return [
             Image.fromarray(np.where(absent[segmentation].numpy()[..., None], baseline, np.asarray(image)))
@@ -148,7 +148,7 @@ class ImageTextInput(InterpretableInput):
             *dict*: the model's inputs for the prompt, one example.
 
         Raises:
-            ValueError: another number of features; or the processor writes another prompt for the perturbed pictures,
+            ValueError: another number of features; or the processor writes another prompt for the perturbed images,
                 so that words cannot be found in it.
         """
         if perturbed_tensor is None:
@@ -164,7 +164,7 @@ class ImageTextInput(InterpretableInput):
         ids = inputs[self._text_key].clone()
         if ids.shape != self._inputs[self._text_key].shape:
             raise ValueError(
-                f"The processor makes {ids.shape[1]} tokens of the perturbed pictures and prompt, and "
+                f"The processor makes {ids.shape[1]} tokens of the perturbed images and prompt, and "
                 f"{self._inputs[self._text_key].shape[1]} of the originals; choose another image_baseline."
             )
         ids[0, gone.to(ids.device)] = self.text_baseline
@@ -179,16 +179,16 @@ class ImageTextInput(InterpretableInput):
 
 
 def grid_segments(size: tuple[int, int], grid: tuple[int, int]) -> Tensor:
-    """A picture of (width, height) in rows and columns of cells, counted row by row; int64 (height, width)."""
+    """An image of (width, height) in rows and columns of cells, counted row by row; int64 (height, width)."""
     (width, height), (rows, columns) = size, grid
     if not (1 <= rows <= height and 1 <= columns <= width):
-        raise ValueError(f"grid must be (rows, columns), from 1 to the picture's {height} x {width}; got {grid}.")
+        raise ValueError(f"grid must be (rows, columns), from 1 to the image's {height} x {width}; got {grid}.")
     row, column = torch.arange(height) * rows // height, torch.arange(width) * columns // width
     return row[:, None] * columns + column
 
 
 def number_segments(segmentations: Sequence[Tensor]) -> tuple[list[Tensor], list[str]]:
-    """Segments of all pictures as features, counted on from picture to picture; and the features' names."""
+    """Segments of all images as features, counted on from image to image; and the features' names."""
     numbered: list[Tensor] = []
     names: list[str] = []
     for image, segmentation in enumerate(segmentations):
@@ -199,16 +199,16 @@ def number_segments(segmentations: Sequence[Tensor]) -> tuple[list[Tensor], list
 
 
 def _baseline(image: Image.Image, baseline: Any) -> np.ndarray:
-    """What the absent parts of a picture show, uint8 (height, width, 3) or (3,)."""
+    """What the absent parts of an image show, uint8 (height, width, 3) or (3,)."""
     pixels = np.asarray(image)
     if baseline == "mean":
         return pixels.mean((0, 1)).round().astype(np.uint8)
     if baseline == "blur":
         return np.asarray(image.filter(ImageFilter.GaussianBlur(_BLUR * max(image.size))))
-    colour = np.asarray(baseline)
-    if colour.shape != (3,) or colour.dtype.kind not in "iu" or colour.min() < 0 or colour.max() > 255:
-        raise ValueError(f"image_baseline must be 'mean', 'blur' or a colour (r, g, b) from 0 to 255; got {baseline}.")
-    return colour.astype(np.uint8)
+    color = np.asarray(baseline)
+    if color.shape != (3,) or color.dtype.kind not in "iu" or color.min() < 0 or color.max() > 255:
+        raise ValueError(f"image_baseline must be 'mean', 'blur' or a color (r, g, b) from 0 to 255; got {baseline}.")
+    return color.astype(np.uint8)
 
 
 def _baseline_token(adapter: ModelAdapter, baseline: int | str | None) -> int:

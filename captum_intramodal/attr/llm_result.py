@@ -14,17 +14,17 @@ __all__ = ["MultimodalLLMAttributionResult"]
 
 class MultimodalLLMAttributionResult(LLMAttributionResult):
     r"""
-    Captum's result of an LLM attribution, whose input features are regions of pictures and pieces of text. It has the
-    plots of Captum's own (``plot_token_attr``, ``plot_seq_attr``), and draws the regions over their picture.
+    Captum's result of an LLM attribution, whose input features are regions of images and pieces of text. It has the
+    plots of Captum's own (``plot_token_attr``, ``plot_seq_attr``), and draws the regions over their image.
 
     Args:
 
-        input_tokens (list[str]): Names of the features: regions ``image_<picture>_feature_<segment>``, then text.
+        input_tokens (list[str]): Names of the features: regions ``image_<image>_feature_<segment>``, then text.
         output_tokens (list[str]): The answer's tokens.
         seq_attr (Tensor): Attributions of the whole answer, float32 (features,).
         token_attr (Tensor): Of each of its tokens, float32 (tokens, features).
-        images (list[PIL.Image.Image]): The pictures.
-        segmentations (list[Tensor]): Per picture the index of the feature that each pixel belongs to, int64
+        images (list[PIL.Image.Image]): The images.
+        segmentations (list[Tensor]): Per image the index of the feature that each pixel belongs to, int64
                     (height, width).
     """
 
@@ -46,21 +46,21 @@ class MultimodalLLMAttributionResult(LLMAttributionResult):
 
     def heatmap(self, target_token_pos: int | tuple[int, int] | None = None, image: int = 0) -> Tensor:
         r"""
-        Attributions of a picture's regions, in its frame.
+        Attributions of an image's regions, in its frame.
 
         Args:
 
             target_token_pos (int or tuple[int, int], optional): An answer's token, or ``(first, end)`` of several,
                         whose attributions are summed up.
                         Default: None, the whole answer.
-            image (int, optional): Which picture.
+            image (int, optional): Which image.
                         Default: 0
 
         Returns:
             *Tensor* float32 (height, width), of either sign.
 
         Raises:
-            IndexError: a token or picture that does not exist.
+            IndexError: a token or image that does not exist.
         """
         if target_token_pos is None:
             attr = self.seq_attr
@@ -75,7 +75,7 @@ class MultimodalLLMAttributionResult(LLMAttributionResult):
         self, show: bool = False, target_token_pos: int | tuple[int, int] | None = None, image: int = 0
     ) -> Any:
         r"""
-        Draws :meth:`heatmap` over the picture in grey: green speaks for the answer, red against it.
+        Draws :meth:`heatmap` over the image in gray: green speaks for the answer, red against it.
 
         Args:
 

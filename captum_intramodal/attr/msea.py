@@ -66,7 +66,7 @@ class MultiScaleExplanationAggregation(WrapperAttribution):
                     ``IntegratedGradients(forward_func)``; a NoiseTunnel or another wrapper too.
         scales (Sequence[float], optional): Factors of the input's size.
                     Default: ``(1.0, 1.5, 2.0)``
-        weights (Sequence[float], optional): Weight of each scale; normalised to sum 1.
+        weights (Sequence[float], optional): Weight of each scale; normalized to sum 1.
                     Default: None, equal weights.
         aggregation (str, optional): ``'mean'``, ``'max'`` or ``'geometric_mean'``, see :func:`aggregate`.
                     Default: ``'mean'``

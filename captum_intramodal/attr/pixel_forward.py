@@ -1,8 +1,8 @@
-r"""A multimodal model as a differentiable function of its pictures' pixels and its prompt: what Captum methods need.
+r"""A multimodal model as a differentiable function of its images' pixels and its prompt: what Captum methods need.
 
 Captum multiplies examples: IntegratedGradients by its steps, NoiseTunnel and GradientShap by their samples,
 perturbation methods by ``perturbations_per_eval``. The functions here make each example's inputs on their own, so that
-patches of several pictures, which many families pack into one tensor, never mix; they run in one pass where a trial
+patches of several images, which many families pack into one tensor, never mix; they run in one pass where a trial
 shows that the model reads them as each alone, else one by one. The graph of every example is kept until Captum asks for
 the gradient; ``internal_batch_size=1`` (of NoiseTunnel: ``nt_samples_batch_size=1``) keeps one at a time and changes no
 result.
@@ -40,25 +40,25 @@ _ROUNDING = 1e-3
 
 class PixelForward(AnswerForward):
     r"""
-    Logits or log-probabilities of an answer's tokens as a function of the picture, and of the prompt's embeddings, for
+    Logits or log-probabilities of an answer's tokens as a function of the image, and of the prompt's embeddings, for
     Captum methods.
 
-    The picture goes through the model's own image processor, whose torchvision version is differentiable: resizing,
-    tiling, patching and normalisation included. Any picture size works, so that MSEA can resize its input; the prompt's
+    The image goes through the model's own image processor, whose torchvision version is differentiable: resizing,
+    tiling, patching and normalization included. Any image size works, so that MSEA can resize its input; the prompt's
     placeholders follow. The model runs in evaluation mode, with the parameters frozen; its flags and the random state
     are given back.
 
-    The ordinary way of a picture to the model rounds to 8 bits, before and after resizing. With ``exact=True`` that
-    rounding is part of the values, and the gradient is that of the way without rounding: for a picture of 8 bits (whole
-    multiples of 1/255) the logits are the model's own, and between two such pictures they follow the gradient.
-    Completeness then holds up to what rounding does to the picture's and the baseline's logits, which more steps do not
+    The ordinary way of an image to the model rounds to 8 bits, before and after resizing. With ``exact=True`` that
+    rounding is part of the values, and the gradient is that of the way without rounding: for an image of 8 bits (whole
+    multiples of 1/255) the logits are the model's own, and between two such images they follow the gradient.
+    Completeness then holds up to what rounding does to the image's and the baseline's logits, which more steps do not
     remove (0.02 to 0.6 % of the logits' standard deviation); with ``exact=False`` the gap vanishes,
     but the logits are the model's own only up to the rounding (0.5 to 4.4 %; measured on six random models).
 
     Args:
 
         adapter (ModelAdapter): The model and its processor.
-        prompt (str or Sequence[Mapping]): The question about one picture.
+        prompt (str or Sequence[Mapping]): The question about one image.
         answer (str or Sequence[int]): The answer whose tokens are predicted, teacher-forced.
         output (str, optional): What the function returns of N examples and an answer of T tokens, and Captum's
                     ``target`` for it. ``'logits'`` or ``'log_probs'`` of the whole vocabulary, (N, T, vocabulary):
@@ -80,20 +80,20 @@ class PixelForward(AnswerForward):
     Examples::
 
         >>> forward = PixelForward(ModelAdapter(model, processor), "describe the picture.", "a dog.")
-        >>> picture = torch.rand(1, 3, 192, 256)                  # in [0, 1]
-        >>> forward(picture).shape                                # (1, answer tokens, vocabulary)
+        >>> image = torch.rand(1, 3, 192, 256)                  # in [0, 1]
+        >>> forward(image).shape                                # (1, answer tokens, vocabulary)
         >>> target = (1, forward.answer_ids[1])                   # the second token
-        >>> attribution = IntegratedGradients(forward).attribute(picture, target=target)
+        >>> attribution = IntegratedGradients(forward).attribute(image, target=target)
 
-        >>> # What speaks for a dog and against a cat, in picture and prompt together; the prompt's baseline is zero.
+        >>> # What speaks for a dog and against a cat, in image and prompt together; the prompt's baseline is zero.
         >>> forward = PixelForward(adapter, "describe the picture.", "a dog.", "answer_log_prob", contrast="a cat.")
-        >>> embeddings = forward.prompt_embeddings(picture[0])    # (1, tokens, width)
-        >>> shown, said = IntegratedGradients(forward).attribute((picture, embeddings), internal_batch_size=1)
-        >>> words = tokenizer.convert_ids_to_tokens(forward.prompt_ids(picture[0]))
+        >>> embeddings = forward.prompt_embeddings(image[0])    # (1, tokens, width)
+        >>> shown, said = IntegratedGradients(forward).attribute((image, embeddings), internal_batch_size=1)
+        >>> words = tokenizer.convert_ids_to_tokens(forward.prompt_ids(image[0]))
 
         >>> # The prompt alone.
-        >>> method = IntegratedGradients(lambda embeddings, picture: forward(picture, embeddings))
-        >>> said = method.attribute(embeddings, additional_forward_args=picture)
+        >>> method = IntegratedGradients(lambda embeddings, image: forward(image, embeddings))
+        >>> said = method.attribute(embeddings, additional_forward_args=image)
     """
 
     def __init__(
@@ -108,13 +108,13 @@ class PixelForward(AnswerForward):
         super().__init__(adapter, prompt, answer, output, contrast)
         self.exact = exact
 
-    def inputs(self, picture: Tensor) -> dict[str, Any]:
-        """The model's inputs for a picture, (3, height, width) in [0, 1]: differentiable pixels, and the text."""
-        return self.adapter.encode(self._prompt_inputs(picture), self.answer_ids).inputs
+    def inputs(self, image: Tensor) -> dict[str, Any]:
+        """The model's inputs for an image, (3, height, width) in [0, 1]: differentiable pixels, and the text."""
+        return self.adapter.encode(self._prompt_inputs(image), self.answer_ids).inputs
 
-    def positions(self, picture: Tensor) -> Tensor:
+    def positions(self, image: Tensor) -> Tensor:
         """Positions of the answer's tokens in the sequence, int64 (answer tokens,)."""
-        length = self.adapter.sequence_length(self.inputs(picture.detach()))
+        length = self.adapter.sequence_length(self.inputs(image.detach()))
         return torch.arange(length - len(self.answer_ids), length)
 
     @property
@@ -130,24 +130,24 @@ class PixelForward(AnswerForward):
             return list(range(len(self.answer_ids)))
         return list(enumerate(self.answer_ids))
 
-    def prompt_positions(self, picture: Tensor) -> Tensor:
-        """Positions of the prompt's tokens, the chat template's included and the picture's not, int64 (tokens,)."""
-        return self._prompt_tokens(self._prompt_inputs(picture.detach()))[0]
+    def prompt_positions(self, image: Tensor) -> Tensor:
+        """Positions of the prompt's tokens, the chat template's included and the image's not, int64 (tokens,)."""
+        return self._prompt_tokens(self._prompt_inputs(image.detach()))[0]
 
-    def prompt_ids(self, picture: Tensor) -> Tensor:
-        """The tokens that the rows of :meth:`prompt_embeddings` are, int64 (tokens,); the same at any picture size."""
-        return self._prompt_tokens(self._prompt_inputs(picture.detach()))[1]
+    def prompt_ids(self, image: Tensor) -> Tensor:
+        """The tokens that the rows of :meth:`prompt_embeddings` are, int64 (tokens,); the same at any image size."""
+        return self._prompt_tokens(self._prompt_inputs(image.detach()))[1]
 
-    def prompt_embeddings(self, picture: Tensor) -> Tensor:
+    def prompt_embeddings(self, image: Tensor) -> Tensor:
         """The prompt's tokens as the model's input embeddings give them, (1, tokens, width), in the model's dtype."""
-        ids = self.prompt_ids(picture)[None].to(self.adapter.device)
+        ids = self.prompt_ids(image)[None].to(self.adapter.device)
         with torch.no_grad():
             rows: Tensor = self._embeddings(ids)
         return rows
 
     def forward(
         self,
-        pictures: Tensor,
+        images: Tensor,
         prompt_embeddings: Tensor | None = None,
         answer_ids: Tensor | None = None,
         contrast_ids: Tensor | None = None,
@@ -155,7 +155,7 @@ class PixelForward(AnswerForward):
         r"""
         Args:
 
-            pictures (Tensor): float (N, 3, height, width) in [0, 1]; (1, 3, height, width) for several embeddings.
+            images (Tensor): float (N, 3, height, width) in [0, 1]; (1, 3, height, width) for several embeddings.
             prompt_embeddings (Tensor, optional): float (N, prompt tokens, width) or one row for all, read in the place
                         of :meth:`prompt_embeddings`. What a model makes of the tokens' ids elsewhere, such as the
                         embeddings per layer of Gemma 3n, stays.
@@ -172,21 +172,21 @@ class PixelForward(AnswerForward):
         Raises:
             ValueError: inputs of other shapes or dtypes, or a model whose prompt has no embeddings to replace.
         """
-        if pictures.ndim != 4 or pictures.shape[1] != 3 or not pictures.is_floating_point():
-            raise ValueError(f"Pictures must be float (N, 3, height, width) in [0, 1], got {tuple(pictures.shape)}.")
+        if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
+            raise ValueError(f"Images must be float (N, 3, height, width) in [0, 1], got {tuple(images.shape)}.")
         if prompt_embeddings is None:
-            examples = ((self._prompt_inputs(picture), nullcontext()) for picture in pictures)
-            return self._scores(examples, len(pictures), answer_ids, contrast_ids)
+            examples = ((self._prompt_inputs(image), nullcontext()) for image in images)
+            return self._scores(examples, len(images), answer_ids, contrast_ids)
         if prompt_embeddings.ndim != 3 or not prompt_embeddings.is_floating_point():
             raise ValueError(
                 f"Embeddings must be float (N, tokens, width), got {prompt_embeddings.dtype} "
                 f"{tuple(prompt_embeddings.shape)}; answer_ids come after them: additional_forward_args=(None, ids)."
             )
-        count = max(len(pictures), len(prompt_embeddings))
+        count = max(len(images), len(prompt_embeddings))
         pairs = zip(
-            expand_rows("pictures", pictures, count), expand_rows("embeddings", prompt_embeddings, count), strict=True
+            expand_rows("pictures", images, count), expand_rows("embeddings", prompt_embeddings, count), strict=True
         )
-        joint = ((inputs := self._prompt_inputs(picture), self._reading(inputs, rows)) for picture, rows in pairs)
+        joint = ((inputs := self._prompt_inputs(image), self._reading(inputs, rows)) for image, rows in pairs)
         return self._scores(joint, count, answer_ids, contrast_ids)
 
     @property
@@ -209,10 +209,10 @@ class PixelForward(AnswerForward):
             raise ValueError(f"{len(rows)} embeddings for a prompt of {len(ids)} tokens, see prompt_ids.")
         return replaced_embeddings(self._embeddings, ids, positions, rows)
 
-    def _prompt_inputs(self, picture: Tensor) -> dict[str, Any]:
+    def _prompt_inputs(self, image: Tensor) -> dict[str, Any]:
         """The prompt's inputs with differentiable pixels, rounded as on the ordinary way where that is asked for."""
-        # In the range of ordinary pictures, in which processors also give the colour of their padding.
-        levels = at_least_float32(picture) * 255
+        # In the range of ordinary images, in which processors also give the color of their padding.
+        levels = at_least_float32(image) * 255
         if not self.exact:
             smooth = self._process(levels)
             return smooth | {key: avoid_blank_images(value) for key, value in smooth.items() if is_float_tensor(value)}
@@ -230,12 +230,12 @@ class PixelForward(AnswerForward):
         return inputs
 
     def _process(self, levels: Tensor) -> dict[str, Any]:
-        """The prompt's inputs for a picture in [0, 255], as the processor makes them without rounding."""
+        """The prompt's inputs for an image in [0, 255], as the processor makes them without rounding."""
         processor = self.adapter.processor.image_processor
         try:
             inputs = self.adapter.prepare([levels], self.prompt)
         except (TypeError, ValueError):
-            # Idefics2's processor takes only PIL pictures, its image processor tensors as well.
+            # Idefics2's processor takes only PIL images, its image processor tensors as well.
             pixels = processor(images=[levels], return_tensors="pt")
             inputs = self.adapter.prepare([Image.new("RGB", (levels.shape[2], levels.shape[1]), "gray")], self.prompt)
             inputs |= {key: value.to(self.adapter.device) for key, value in pixels.items() if key in inputs}

@@ -22,34 +22,34 @@ class ProcessedPixelForward(AnswerForward):
     Logits or log-probabilities of an answer's tokens as a function of the processor's own pixel tensors, for Captum
     methods where no gradient passes through the image processor.
 
-    Each tensor gets a dimension of examples in front, (N, *its shape), whatever its own first dimension is: a picture's
-    patches or tiles stay together in Captum's batches. Elements that show nothing of the picture, such as padding, keep
-    their values. :meth:`fold` brings attributions back into the picture's frame, and :meth:`feature_mask` segments of
-    the picture to its pixel tensors, through the measured coordinates.
+    Each tensor gets a dimension of examples in front, (N, *its shape), whatever its own first dimension is: an image's
+    patches or tiles stay together in Captum's batches. Elements that show nothing of the image, such as padding, keep
+    their values. :meth:`fold` brings attributions back into the image's frame, and :meth:`feature_mask` segments of
+    the image to its pixel tensors, through the measured coordinates.
 
     Args:
 
         adapter (ModelAdapter): The model and its processor.
-        prompt (str or Sequence[Mapping]): The question about the picture.
+        prompt (str or Sequence[Mapping]): The question about the image.
         answer (str or Sequence[int]): The answer whose tokens are predicted, teacher-forced.
-        picture (PIL.Image.Image): The picture.
+        image (PIL.Image.Image): The image.
         output (str, optional): See :class:`PixelForward`.
                     Default: ``'logits'``
         contrast (str or Sequence[int], optional): See :class:`PixelForward`.
                     Default: None
 
     Raises:
-        ValueError: none of the processor's tensors depends on the picture.
+        ValueError: none of the processor's tensors depends on the image.
 
     Examples::
 
-        >>> forward = ProcessedPixelForward(adapter, "describe the picture.", "a dog.", picture, "token_log_probs")
-        >>> black = forward.process(Image.new("RGB", picture.size))
+        >>> forward = ProcessedPixelForward(adapter, "describe the picture.", "a dog.", image, "token_log_probs")
+        >>> black = forward.process(Image.new("RGB", image.size))
         >>> attributions = IntegratedGradients(forward).attribute(forward.pixels, baselines=black, target=1)
         >>> forward.fold(attributions, grid=(24, 32)).shape            # (1, 24, 32)
 
         >>> superpixels = torch.arange(12).reshape(3, 4).repeat_interleave(64, 0).repeat_interleave(64, 1)
-        >>> mask = forward.feature_mask(superpixels)                   # a picture of 256 x 192
+        >>> mask = forward.feature_mask(superpixels)                   # an image of 256 x 192
         >>> KernelShap(forward).attribute(forward.pixels, baselines=black, target=1, feature_mask=mask)
     """
 
@@ -58,37 +58,37 @@ class ProcessedPixelForward(AnswerForward):
         adapter: ModelAdapter,
         prompt: Prompt,
         answer: str | Sequence[int],
-        picture: Image.Image,
+        image: Image.Image,
         output: Output = "logits",
         contrast: str | Sequence[int] | None = None,
     ) -> None:
         super().__init__(adapter, prompt, answer, output, contrast)
-        self.picture = picture.convert("RGB")
-        inputs = adapter.prepare([self.picture], prompt)
+        self.image = image.convert("RGB")
+        inputs = adapter.prepare([self.image], prompt)
         self._inputs = inputs
         self._unmeasured = ""
         self._maps: dict[str, PixelMap] = {}
         try:
-            self._maps = adapter.pixel_maps([picture.size]).maps
+            self._maps = adapter.pixel_maps([image.size]).maps
             self._keys = list(self._maps)
         except ValueError as error:
             self._unmeasured = str(error)
-            negative = adapter.prepare([ImageOps.invert(self.picture)], prompt)
+            negative = adapter.prepare([ImageOps.invert(self.image)], prompt)
             tensors = {key: value for key, value in inputs.items() if is_float_tensor(value)}
             self._keys = [key for key, value in tensors.items() if not torch.equal(value, negative[key])]
         if not self._keys:
-            raise ValueError(f"None of the inputs of {type(adapter.model).__name__} depends on the picture.")
+            raise ValueError(f"None of the inputs of {type(adapter.model).__name__} depends on the image.")
 
     @property
     def pixels(self) -> tuple[Tensor, ...]:
-        """The picture's pixel tensors, float32, each (1, *its shape): Captum's ``inputs``."""
+        """The image's pixel tensors, float32, each (1, *its shape): Captum's ``inputs``."""
         return tuple(self._inputs[key].float()[None] for key in self._keys)
 
-    def process(self, picture: Image.Image) -> tuple[Tensor, ...]:
-        """Another picture of the same size as pixel tensors, float32, each (1, *its shape): Captum's ``baselines``."""
-        if picture.size != self.picture.size:
-            raise ValueError(f"A picture of {picture.size} pixels where {self.picture.size} are explained.")
-        inputs = self.adapter.prepare([picture.convert("RGB")], self.prompt)
+    def process(self, image: Image.Image) -> tuple[Tensor, ...]:
+        """Another image of the same size as pixel tensors, float32, each (1, *its shape): Captum's ``baselines``."""
+        if image.size != self.image.size:
+            raise ValueError(f"An image of {image.size} pixels where {self.image.size} are explained.")
+        inputs = self.adapter.prepare([image.convert("RGB")], self.prompt)
         return tuple(inputs[key].float()[None] for key in self._keys)
 
     def forward(self, *pixels_and_ids: Tensor) -> Tensor:
@@ -114,7 +114,7 @@ class ProcessedPixelForward(AnswerForward):
         return self._scores(examples, len(pixels[0]), answer_ids, contrast_ids)
 
     def _shown(self, pixels: Iterable[Tensor]) -> dict[str, Tensor]:
-        """By name, with the elements that show nothing of the picture as they are."""
+        """By name, with the elements that show nothing of the image as they are."""
         result = {}
         for key, value in zip(self._keys, pixels, strict=True):
             value = avoid_blank_images(value)
@@ -126,12 +126,12 @@ class ProcessedPixelForward(AnswerForward):
 
     def _measured(self) -> list[PixelMap]:
         if self._unmeasured:
-            raise ValueError(f"The pixel tensors have no coordinates in the picture. {self._unmeasured}")
+            raise ValueError(f"The pixel tensors have no coordinates in the image. {self._unmeasured}")
         return list(self._maps.values())
 
     def fold(self, attributions: Tensor | Sequence[Tensor], grid: tuple[int, int]) -> Tensor:
         r"""
-        Attributions of the pixel tensors, summed up in the frame of the picture.
+        Attributions of the pixel tensors, summed up in the frame of the image.
 
         Args:
 
@@ -153,11 +153,11 @@ class ProcessedPixelForward(AnswerForward):
 
     def feature_mask(self, segmentation: Tensor) -> tuple[Tensor, ...]:
         r"""
-        Segments of the picture as Captum's ``feature_mask``: one feature each, in all tensors, tiles and the thumbnail.
+        Segments of the image as Captum's ``feature_mask``: one feature each, in all tensors, tiles and the thumbnail.
 
         Args:
 
-            segmentation (Tensor): int64 (height, width) of the picture, segments counted from 0.
+            segmentation (Tensor): int64 (height, width) of the image, segments counted from 0.
 
         Returns:
             **masks** (*tuple[Tensor, ...]*):

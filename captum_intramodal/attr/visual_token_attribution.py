@@ -1,4 +1,4 @@
-r"""From values at a decoder's positions to maps over the picture."""
+r"""From values at a decoder's positions to maps over the image."""
 
 from __future__ import annotations
 
@@ -23,27 +23,27 @@ def draw_positions(
     values: Tensor, adapter: ModelAdapter, input_ids: Tensor, image_sizes: Sequence[tuple[int, int]]
 ) -> list[Tensor]:
     r"""
-    Draws values at the positions of a decoder's sequence over the pictures: those at visual tokens, each where it looks
-    at, interpolated linearly between the tokens' centres. Parts that no token sees are 0.
+    Draws values at the positions of a decoder's sequence over the images: those at visual tokens, each where it looks
+    at, interpolated linearly between the tokens' centers. Parts that no token sees are 0.
 
     Args:
 
         values (Tensor): (..., positions), such as what ARC around a layer method returns.
         adapter (ModelAdapter): The model and its processor.
         input_ids (Tensor): The sequence, int64 (positions,) or (1, positions).
-        image_sizes (Sequence[tuple[int, int]]): (width, height) of each picture in the sequence.
+        image_sizes (Sequence[tuple[int, int]]): (width, height) of each image in the sequence.
 
     Returns:
-        *list[Tensor]*: for each picture float32 (..., height, width).
+        *list[Tensor]*: for each image float32 (..., height, width).
 
     Raises:
-        ValueError: as many values as the sequence has no positions; pictures of other sizes than those in the sequence;
-            a model whose visual tokens have no place in the picture.
+        ValueError: as many values as the sequence has no positions; images of other sizes than those in the sequence;
+            a model whose visual tokens have no place in the image.
 
     Examples::
 
-        >>> values = ARC(LayerIntegratedGradients(forward, layer)).attribute_all(picture)  # (tokens, positions)
-        >>> (maps,) = draw_positions(values, adapter, forward.inputs(picture[0])["input_ids"], [(256, 192)])
+        >>> values = ARC(LayerIntegratedGradients(forward, layer)).attribute_all(image)  # (tokens, positions)
+        >>> (maps,) = draw_positions(values, adapter, forward.inputs(image[0])["input_ids"], [(256, 192)])
         >>> maps.shape
         torch.Size([tokens, 192, 256])
     """
@@ -54,8 +54,8 @@ def draw_positions(
     at_visual = values[..., adapter.visual_positions(ids).to(values.device)].flatten(0, -2).float()
     if at_visual.shape[-1] != len(geometry.boxes):
         raise ValueError(
-            f"The sequence has {at_visual.shape[-1]} visual tokens, but pictures of {list(image_sizes)} (width, "
-            f"height) have {len(geometry.boxes)}; pass the sizes of the pictures that the sequence was made from."
+            f"The sequence has {at_visual.shape[-1]} visual tokens, but images of {list(image_sizes)} (width, "
+            f"height) have {len(geometry.boxes)}; pass the sizes of the images that the sequence was made from."
         )
     maps = []
     for image, (width, height) in enumerate(image_sizes):
@@ -69,12 +69,12 @@ def draw_positions(
 
 class VisualTokenAttribution(WrapperAttribution):
     r"""
-    A layer method at a decoder layer as an attribution over the picture: the values at visual tokens, drawn where each
-    token looks at. Whatever composes around attributions of pictures composes around it: MSEA, ARC, NoiseTunnel.
+    A layer method at a decoder layer as an attribution over the image: the values at visual tokens, drawn where each
+    token looks at. Whatever composes around attributions of images composes around it: MSEA, ARC, NoiseTunnel.
 
     Where the layer method multiplies by inputs (integrated gradients, gradient x activation, ...), maps are densities:
-    a token's value is spread over its part of the picture, so that the sum over the picture's pixels is the sum over
-    visual tokens, however many the picture has at some scale. Other methods' maps have the tokens' own values.
+    a token's value is spread over its part of the image, so that the sum over the image's pixels is the sum over
+    visual tokens, however many the image has at some scale. Other methods' maps have the tokens' own values.
 
     Args:
 
@@ -89,9 +89,9 @@ class VisualTokenAttribution(WrapperAttribution):
     Examples::
 
         >>> method = VisualTokenAttribution(LayerGradCam(forward, model.get_decoder().layers[-2]))
-        >>> method.attribute(picture, target=(4, token_id)).shape     # picture: 1x3x192x256
+        >>> method.attribute(image, target=(4, token_id)).shape     # image: 1x3x192x256
         torch.Size([1, 1, 192, 256])
-        >>> MSEA(method, scales=(1.0, 1.5)).attribute(picture, target=(4, token_id)).shape
+        >>> MSEA(method, scales=(1.0, 1.5)).attribute(image, target=(4, token_id)).shape
         torch.Size([1, 1, 192, 256])
     """
 
@@ -106,7 +106,7 @@ class VisualTokenAttribution(WrapperAttribution):
         self.reduce = reduce
         if not isinstance(self.forward_func, PixelForward):
             raise TypeError(
-                "The layer method's forward function must be a PixelForward, which knows what the picture becomes, "
+                "The layer method's forward function must be a PixelForward, which knows what the image becomes, "
                 f"got {type(self.forward_func).__name__}; for others, draw the values yourself with draw_positions."
             )
 
@@ -117,7 +117,7 @@ class VisualTokenAttribution(WrapperAttribution):
         r"""
         Args:
 
-            inputs (Tensor): Pictures, float (N, 3, height, width) in [0, 1].
+            inputs (Tensor): Images, float (N, 3, height, width) in [0, 1].
             target (int, tuple, list or Tensor, optional): As the layer method takes it.
                         Default: None, for methods without a target.
             **kwargs (Any, optional): Further arguments of the layer method: ``n_steps``, ``attribute_to_layer_input``,
@@ -129,20 +129,20 @@ class VisualTokenAttribution(WrapperAttribution):
 
         Raises:
             ValueError: several inputs; the layer method gives no values at positions of the decoder's sequence; the
-                model's visual tokens have no place in the picture.
+                model's visual tokens have no place in the image.
         """
-        pictures, *others = format_tensor_into_tuples(inputs)
+        images, *others = format_tensor_into_tuples(inputs)
         if others:
-            raise ValueError(f"VisualTokenAttribution takes one tensor of pictures, got {1 + len(others)} inputs.")
+            raise ValueError(f"VisualTokenAttribution takes one tensor of images, got {1 + len(others)} inputs.")
         forward: Any = self.forward_func
         if target is not None:
             kwargs["target"] = target
-        values = attribute_positions(self.attribution_method, pictures, self.reduce, **kwargs)
-        ids = forward.inputs(pictures[0].detach())["input_ids"]
-        count, _, height, width = pictures.shape
+        values = attribute_positions(self.attribution_method, images, self.reduce, **kwargs)
+        ids = forward.inputs(images[0].detach())["input_ids"]
+        count, _, height, width = images.shape
         if values.ndim not in (2, 3) or values.shape[0] != count or values.shape[-1] != ids.shape[1]:
             raise ValueError(
-                f"{type(self.attribution_method).__name__} gave {tuple(values.shape)} for {count} pictures and a "
+                f"{type(self.attribution_method).__name__} gave {tuple(values.shape)} for {count} images and a "
                 f"sequence of {ids.shape[1]} positions; its layer must be a module of the decoder, and reduce must "
                 "leave one value per position."
             )

@@ -1,7 +1,7 @@
-r"""A small image-text-to-text model with its pictures: the tool's main job without a download.
+r"""A small image-text-to-text model with its images: the tool's main job without a download.
 
 ``CHECKPOINT`` is a complete Hugging Face checkpoint directory (Qwen2-VL architecture, 3 M parameters, trained from
-scratch by ``benchmarks/train_demo.py``); ``PICTURES`` are four example pictures; :func:`compose` makes any number of
+scratch by ``benchmarks/train_demo.py``); ``IMAGES`` are four example images; :func:`compose` makes any number of
 others, with exact object masks.
 """
 
@@ -11,7 +11,9 @@ from pathlib import Path
 
 from captum_intramodal.demo.scenes import Question, Scene, SceneObject, compose
 
-__all__ = ["CHECKPOINT", "PICTURES", "Question", "Scene", "SceneObject", "compose"]
+__all__ = ["CHECKPOINT", "IMAGES", "PICTURES", "Question", "Scene", "SceneObject", "compose"]
 
 CHECKPOINT: Path = Path(__file__).parent / "checkpoint"
-PICTURES: tuple[Path, ...] = tuple(Path(__file__).parent / "pictures" / f"{i}.png" for i in (1, 2, 3, 4))
+IMAGES: tuple[Path, ...] = tuple(Path(__file__).parent / "images" / f"{i}.png" for i in (1, 2, 3, 4))
+# Their name before 0.2.
+PICTURES = IMAGES

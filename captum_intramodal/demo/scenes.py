@@ -1,4 +1,4 @@
-r"""Pictures with exact object masks, composed from sprites, and questions about them with exact answers.
+r"""Images with exact object masks, composed from sprites, and questions about them with exact answers.
 
 Every scene follows from one integer seed: it is the demo model's training set, its held-out test set (other
 seeds) and the ground truth of the first benchmark.
@@ -24,10 +24,10 @@ CLASSES: tuple[str, ...] = (
     "moon", "umbrella", "clock", "book", "guitar", "balloon", "gift", "key",
 )  # fmt: skip
 
-# Hue (0..255, Pillow's HSV) that each colour word stands for.
+# Hue (0..255, Pillow's HSV) that each color word stands for.
 COLORS: dict[str, int] = {"red": 0, "yellow": 42, "green": 85, "blue": 150, "purple": 195}
 
-# Classes whose sprite is painted in one of COLORS; their noun is always said with the colour.
+# Classes whose sprite is painted in one of COLORS; their noun is always said with the color.
 PAINTED: frozenset[str] = frozenset({"car", "book", "balloon", "gift", "star", "key"})
 
 DIRECTIONS: dict[str, tuple[int, int]] = {"left": (-1, 0), "right": (1, 0), "above": (0, -1), "below": (0, 1)}
@@ -54,10 +54,10 @@ class Question(NamedTuple):
 
 @dataclass(frozen=True)
 class SceneObject:
-    """One object of a scene: class name, colour word or None, and box ``(x0, y0, x1, y1)`` in pixels."""
+    """One object of a scene: class name, color word or None, and box ``(x0, y0, x1, y1)`` in pixels."""
 
     name: str
-    colour: str | None
+    color: str | None
     box: tuple[int, int, int, int]
 
     @property
@@ -67,17 +67,17 @@ class SceneObject:
     @property
     def phrase(self) -> str:
         """The object as the answers name it: ``a dog``, ``an apple``, ``a red car``."""
-        words = f"{self.colour} {self.name}" if self.colour else self.name
+        words = f"{self.color} {self.name}" if self.color else self.name
         return f"{_article(words)} {words}"
 
 
 @dataclass(frozen=True)
 class Scene:
-    """A composed picture: RGB image, objects from left to right, and their visible masks.
+    """A composed image: RGB image, objects from left to right, and their visible masks.
 
     Attributes:
-        image (PIL.Image.Image): the picture, RGB.
-        objects (tuple[SceneObject, ...]): sorted by the horizontal position of their centre.
+        image (PIL.Image.Image): the image, RGB.
+        objects (tuple[SceneObject, ...]): sorted by the horizontal position of their center.
         masks (numpy.ndarray): bool, shape (number of objects, height, width); the pixels where the object is
             visible (alpha above one half and no other object in front).
         seed (int): the seed that made the scene.
@@ -97,10 +97,10 @@ class Scene:
     def description(self) -> str:
         return _description([item.phrase for item in self.objects])
 
-    def neighbour(self, index: int, direction: str) -> int | None:
+    def neighbor(self, index: int, direction: str) -> int | None:
         """Index of the object that lies in a direction from another one, None where nothing does.
 
-        An object lies to the *left* of another if the line between their centres is closer to the horizontal than to
+        An object lies to the *left* of another if the line between their centers is closer to the horizontal than to
         the vertical; of several, the nearest counts.
 
         Raises:
@@ -136,15 +136,15 @@ class Scene:
                 continue
             for direction in DIRECTIONS:
                 try:
-                    neighbour = self.neighbour(index, direction)
+                    neighbor = self.neighbor(index, direction)
                 except LookupError:
                     continue
                 where = f"{direction} of" if direction in ("left", "right") else direction
                 prompt = f"what is {where} the {item.name}?"
-                if neighbour is None:
+                if neighbor is None:
                     nothing.append(Question(prompt, "nothing.", "relation"))
                 else:
-                    found.append(Question(prompt, f"{self.objects[neighbour].phrase}.", "relation"))
+                    found.append(Question(prompt, f"{self.objects[neighbor].phrase}.", "relation"))
         if found and (not nothing or rng.random() < 0.7):
             return found[rng.integers(len(found))]
         return nothing[rng.integers(len(nothing))] if nothing else None
@@ -166,8 +166,8 @@ class Scene:
         prompt = str(rng.choice(DESCRIBE_PROMPTS))
         phrases = [item.phrase for item in self.objects]
         name = self._absent_class(rng, classes)
-        colour = str(rng.choice(list(COLORS))) if name in PAINTED else None
-        phrases.insert(int(rng.integers(len(phrases) + 1)), SceneObject(name, colour, (0, 0, 0, 0)).phrase)
+        color = str(rng.choice(list(COLORS))) if name in PAINTED else None
+        phrases.insert(int(rng.integers(len(phrases) + 1)), SceneObject(name, color, (0, 0, 0, 0)).phrase)
         return Question(prompt, _description(phrases), "hallucination")
 
     def _absent_class(self, rng: np.random.Generator, classes: tuple[str, ...]) -> str:
@@ -186,12 +186,12 @@ def compose(
     overlap: float = 0.0,
     scale: float = 1.0,
 ) -> Scene:
-    r"""Composes a picture of objects on a smooth random background.
+    r"""Composes an image of objects on a smooth random background.
 
     Args:
         seed (int): everything random follows from it.
-        size (tuple[int, int]): width and height of the picture in pixels.
-        n_objects (int or tuple[int, int]): number of objects, or its inclusive range. Where the picture has no room
+        size (tuple[int, int]): width and height of the image in pixels.
+        n_objects (int or tuple[int, int]): number of objects, or its inclusive range. Where the image has no room
             for so many, it gets fewer.
         classes (tuple[str, ...]): names to choose from; each appears at most once, but for ``same_class``.
         sprites (Path): folder with ``<name>.webp``, RGBA.
@@ -227,7 +227,7 @@ def compose(
     names[:same_class] = names[:1] * len(names[:same_class])
     width, height = size
     placed: list[tuple[str, float, float, float]] = []
-    # A share of the picture that leaves room for all: one object fills up to 85 % of the short side, five up to 38 %.
+    # A share of the image that leaves room for all: one object fills up to 85 % of the short side, five up to 38 %.
     largest = min(width, height) * min(0.85, 0.85 / count**0.5) * scale
     for name in names:
         for _ in range(1000 if overlap else 30):
@@ -246,8 +246,8 @@ def compose(
     objects: list[SceneObject] = []
     masks: list[np.ndarray] = []
     for name, x, y, diameter in placed:
-        colour = str(rng.choice(list(COLORS))) if name in PAINTED else None
-        sprite = _sprite(name, colour, str(sprites))
+        color = str(rng.choice(list(COLORS))) if name in PAINTED else None
+        sprite = _sprite(name, color, str(sprites))
         if rng.random() < 0.5:
             sprite = sprite.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         side = max(8, round(diameter))
@@ -262,7 +262,7 @@ def compose(
         mask = np.asarray(layer) > 127
         masks = [earlier & ~mask for earlier in masks]
         masks.append(mask)
-        objects.append(SceneObject(name, colour, (left, top, left + side, top + side)))
+        objects.append(SceneObject(name, color, (left, top, left + side, top + side)))
     order = sorted(range(len(objects)), key=lambda i: objects[i].center[0])
     return Scene(canvas, tuple(objects[i] for i in order), np.stack([masks[i] for i in order]), seed)
 
@@ -279,7 +279,7 @@ def _article(words: str) -> str:
 
 
 def _background(rng: np.random.Generator, size: tuple[int, int]) -> Image.Image:
-    """Smooth blotches of muted colour: a random grid of at most 5 x 4 cells, enlarged."""
+    """Smooth blotches of muted color: a random grid of at most 5 x 4 cells, enlarged."""
     cells = rng.integers(2, 6), rng.integers(2, 5)
     base = rng.uniform(60, 220) + rng.normal(0, 25, size=3)
     grid = np.clip(base + rng.normal(0, 22, size=(cells[1], cells[0], 3)), 0, 255).astype(np.uint8)
@@ -287,15 +287,15 @@ def _background(rng: np.random.Generator, size: tuple[int, int]) -> Image.Image:
 
 
 @lru_cache(maxsize=512)
-def _sprite(name: str, colour: str | None, folder: str) -> Image.Image:
+def _sprite(name: str, color: str | None, folder: str) -> Image.Image:
     with Image.open(Path(folder) / f"{name}.webp") as file:
         sprite = file.convert("RGBA")
-    if colour is None:
+    if color is None:
         return sprite
     hsv = np.array(sprite.convert("RGB").convert("HSV"))
-    coloured = hsv[..., 1] > 60
-    hsv[..., 0] = np.where(coloured, COLORS[colour], hsv[..., 0])
-    hsv[..., 1] = np.where(coloured, np.maximum(hsv[..., 1], 190), hsv[..., 1])
+    colored = hsv[..., 1] > 60
+    hsv[..., 0] = np.where(colored, COLORS[color], hsv[..., 0])
+    hsv[..., 1] = np.where(colored, np.maximum(hsv[..., 1], 190), hsv[..., 1])
     painted = Image.frombuffer("HSV", sprite.size, hsv.tobytes()).convert("RGBA")
     painted.putalpha(sprite.getchannel("A"))
     return painted

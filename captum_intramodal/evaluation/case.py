@@ -1,4 +1,4 @@
-r"""One answer to evaluate explanations of: its words, what they name, and how likely they are on changed pictures."""
+r"""One answer to evaluate explanations of: its words, what they name, and how likely they are on changed images."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class AnsweredSample:
     Args:
 
         adapter (ModelAdapter): The model and its processor.
-        sample (Sample): Picture, prompt and masks.
+        sample (Sample): Image, prompt and masks.
         answer_ids (Sequence[int]): The answer's tokens, without those that end it.
         tagger (Callable, optional): See :func:`~captum_intramodal.metrics.word_types`; asked only for words that the
                     sample's own ``word_types`` leave open.
@@ -115,25 +115,25 @@ class AnsweredSample:
 
     @property
     def objects(self) -> dict[int, AnswerWord]:
-        """What can be looked for in the picture: words that name a category; nouns where the data set has none."""
+        """What can be looked for in the image: words that name a category; nouns where the data set has none."""
         if not self.sample.categories:
             return self.nouns
         return {i: word for i, word in enumerate(self.words) if word.category is not None}
 
     @property
     def shown(self) -> dict[int, tuple[AnswerWord, np.ndarray]]:
-        """The objects that the picture shows, with their masks, bool (height, width)."""
+        """The objects that the image shows, with their masks, bool (height, width)."""
         masks = {i: self.sample.categories[w.category] for i, w in self.objects.items() if w.category is not None}
         return {i: (self.words[i], mask) for i, mask in masks.items() if mask.any()}
 
-    def log_probability(self, pictures: Sequence[Image.Image]) -> Tensor:
-        """Of the answer's tokens on other pictures, float32 (pictures, tokens); none is asked for twice."""
-        keys = [blake2b(picture.tobytes()).digest() for picture in pictures]
-        new = {key: picture for key, picture in zip(keys, pictures, strict=True) if key not in self._known}
+    def log_probability(self, images: Sequence[Image.Image]) -> Tensor:
+        """Of the answer's tokens on other images, float32 (images, tokens); none is asked for twice."""
+        keys = [blake2b(image.tobytes()).digest() for image in images]
+        new = {key: image for key, image in zip(keys, images, strict=True) if key not in self._known}
         if new:
             self._known.update(zip(new, self.scorer.log_probability(list(new.values())), strict=True))
         return torch.stack([self._known[key] for key in keys])
 
     def score(self, tokens: Sequence[int]) -> Callable[[list[Image.Image]], Tensor]:
-        """From pictures to the probability of these tokens of the answer."""
-        return lambda pictures: self.log_probability(pictures)[:, list(tokens)].sum(1).exp()
+        """From images to the probability of these tokens of the answer."""
+        return lambda images: self.log_probability(images)[:, list(tokens)].sum(1).exp()

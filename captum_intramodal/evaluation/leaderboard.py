@@ -679,8 +679,8 @@ def _write_csv(path: str | os.PathLike[str], lines: Iterable[Sequence[Any]]) -> 
 # --- plots ------------------------------------------------------------------------------------------------------------
 
 _INK, _MUTED, _LINE = "#1c1f26", "#6a7080", "#d9dbe0"
-_COLOURS = {"▲": "#1f6fb4", "": "#8b919e", "▼": "#d1651a"}
-_CURVE_COLOURS = ("#1f6fb4", "#d1651a", "#3b8f5a", "#8458a8", "#a8456b", "#7a6a2f")
+_COLORS = {"▲": "#1f6fb4", "": "#8b919e", "▼": "#d1651a"}
+_CURVE_COLORS = ("#1f6fb4", "#d1651a", "#3b8f5a", "#8458a8", "#a8456b", "#7a6a2f")
 
 # Longest label in a plot, in letters.
 _LABEL = 32
@@ -733,7 +733,7 @@ def _margin(board: Leaderboard) -> float:
 
 
 def _plot_values(board: Leaderboard) -> list[_Plot]:
-    """One panel for each column: every explainer's value and interval, coloured by the difference to the reference."""
+    """One panel for each column: every explainer's value and interval, colored by the difference to the reference."""
     against = _against_reference(board)
     labels, left = list(board.rows), _margin(board)
     plots = []
@@ -744,12 +744,12 @@ def _plot_values(board: Leaderboard) -> list[_Plot]:
             if cell is None:
                 continue
             pair = against.get((label, column.name))
-            colour = _COLOURS[_mark(pair.difference, column)] if pair else _COLOURS[""]
+            color = _COLORS[_mark(pair.difference, column)] if pair else _COLORS[""]
             if label == board.reference:
-                colour = _INK
+                color = _INK
                 axes.axvline(cell.interval.estimate, color=_LINE, linewidth=1, zorder=0)
-            axes.hlines(y, cell.interval.low, cell.interval.high, color=colour, linewidth=2)
-            axes.plot(cell.interval.estimate, y, "o", color=colour, markersize=5)
+            axes.hlines(y, cell.interval.low, cell.interval.high, color=color, linewidth=2)
+            axes.plot(cell.interval.estimate, y, "o", color=color, markersize=5)
         axes.set_title(f"{column.title} {'↑' if column.higher_is_better else '↓'}")
         axes.set_yticks(range(len(labels)), [_short(label) for label in labels])
         axes.set_ylim(len(labels) - 0.4, -0.6)
@@ -771,13 +771,13 @@ def _plot_curves(board: Leaderboard) -> list[_Plot]:
     for label, curves in board.curves.items():
         figure, axes = _axes(2.9, 2.4, 0.45)
         for index, name in enumerate(names):
-            colour = _CURVE_COLOURS[index % len(_CURVE_COLOURS)]
+            color = _CURVE_COLORS[index % len(_CURVE_COLORS)]
             if label != board.reference and (dashed := board.curves.get(board.reference, {}).get(name)):
-                axes.plot(board.fractions, [p.estimate for p in dashed], "--", color=colour, linewidth=1, alpha=0.6)
+                axes.plot(board.fractions, [p.estimate for p in dashed], "--", color=color, linewidth=1, alpha=0.6)
             if name in curves:
                 estimate, low, high = np.array(curves[name]).T
-                axes.fill_between(board.fractions, low, high, color=colour, alpha=0.18, linewidth=0)
-                axes.plot(board.fractions, estimate, color=colour, linewidth=1.8, label=name)
+                axes.fill_between(board.fractions, low, high, color=color, alpha=0.18, linewidth=0)
+                axes.plot(board.fractions, estimate, color=color, linewidth=1.8, label=name)
         axes.set_title(_short(label), fontsize=8.5)
         axes.set_xlabel("fraction")
         axes.set_ylim(every.min() - 0.04 * span, every.max() + 0.04 * span)
@@ -808,9 +808,9 @@ def _plot_cost(board: Leaderboard) -> _Plot | None:
     axes.xaxis.set_minor_locator(NullLocator())
     for seconds, interval, label in points:
         pair = against.get((label, column.name))
-        colour = _INK if label == board.reference else _COLOURS[_mark(pair.difference, column) if pair else ""]
-        axes.vlines(seconds, interval.low, interval.high, color=colour, linewidth=1, alpha=0.5)
-        axes.plot(seconds, interval.estimate, "o", color=colour, markersize=5)
+        color = _INK if label == board.reference else _COLORS[_mark(pair.difference, column) if pair else ""]
+        axes.vlines(seconds, interval.low, interval.high, color=color, linewidth=1, alpha=0.5)
+        axes.plot(seconds, interval.estimate, "o", color=color, markersize=5)
     # The labels stand in a column beside the axes, in the order of the values, with a line to each point.
     low, high = axes.get_ylim()
     heights = _spread([(p[1].estimate - low) / (high - low) for p in points], 1 / max(len(points), 16))

@@ -98,7 +98,7 @@ class Metric(ABC):
         Args:
 
             case (AnsweredSample): The answer.
-            explainer (Explainer): Whose maps; some metrics ask it again, on changed pictures or of a changed model.
+            explainer (Explainer): Whose maps; some metrics ask it again, on changed images or of a changed model.
             maps (Tensor): Its maps of the answer's T tokens, float32 (T, rows, columns), not negative.
             found (MetricResult): Takes the results.
         """
@@ -108,7 +108,7 @@ def _mean_map(maps: Tensor, tokens: Sequence[int]) -> Tensor:
     return maps[list(tokens)].mean(0)
 
 
-# --- Localisation ----------------------------------------------------------------------------------------------------
+# --- Localization ----------------------------------------------------------------------------------------------------
 
 _OBJ = Column("obj_iou", "Obj-IoU", True)
 _FUNC = Column("func_iou", "Func-IoU", True)
@@ -157,8 +157,8 @@ class F1IoU(Metric):
 @dataclass(kw_only=True)
 class CompatibleIoU(Metric):
     r"""
-    The same in TAM's own arithmetic (:func:`~captum_intramodal.metrics.tam_scores`), quirks included. Maps become grey
-    levels by the largest value of the answer's maps, so that words stay comparable; masks become one label picture, in
+    The same in TAM's own arithmetic (:func:`~captum_intramodal.metrics.tam_scores`), quirks included. Maps become gray
+    levels by the largest value of the answer's maps, so that words stay comparable; masks become one label image, in
     which of overlapping categories the smallest is on top.
     """
 
@@ -289,7 +289,7 @@ class _RemovalMetric(Metric):
 
 @dataclass(kw_only=True)
 class Insertion(_RemovalMetric):
-    """Mean probability while the picture is filled in, the most important pixels first."""
+    """Mean probability while the image is filled in, the most important pixels first."""
 
     name: ClassVar[str] = "insertion"
     of_words: ClassVar[tuple[Column, ...]] = (Column("insertion", "insertion", True),)
@@ -345,15 +345,15 @@ class TextRemoval(Metric):
     seed: int = 0
 
     def measure(self, case: AnsweredSample, explainer: Explainer, maps: Tensor, found: MetricResult) -> None:
-        picture, count = case.sample.image, len(case.answer_ids)
+        image, count = case.sample.image, len(case.answer_ids)
         try:
-            text = explainer.explain_text(case.adapter, [picture], case.sample.prompt, case.answer_ids)  # type: ignore[attr-defined]
+            text = explainer.explain_text(case.adapter, [image], case.sample.prompt, case.answer_ids)  # type: ignore[attr-defined]
         except (AttributeError, ValueError):  # Not every explainer says something of text.
             return
         for index, word in case.objects.items():
             earlier = len(text.positions) - count + word.tokens[0]
             relevance = text.values[list(word.tokens), :earlier].mean(0)
-            removal = TokenRemoval(case.scorer, picture, text.positions[:earlier], word.tokens)
+            removal = TokenRemoval(case.scorer, image, text.positions[:earlier], word.tokens)
             for column, curve_of in (("text_insertion", insertion_curve), ("text_deletion", deletion_curve)):
                 curve = curve_of(removal, relevance, case.fractions, self.seed)
                 found.add(column, index, area_under_curve(curve, case.fractions))
@@ -364,7 +364,7 @@ class TextRemoval(Metric):
 class Infidelity(Metric):
     r"""
     Captum's ``infidelity`` of object words' log-probabilities: the squared error between what a map says that a square
-    of the picture is worth (the map's sum there) and what the model loses when the square is blurred, for squares of a
+    of the image is worth (the map's sum there) and what the model loses when the square is blurred, for squares of a
     third of the shorter side at random places. The map's best scale is taken (``normalize=True``).
 
     Args:
@@ -382,26 +382,26 @@ class Infidelity(Metric):
     seed: int = 0
 
     def measure(self, case: AnsweredSample, explainer: Explainer, maps: Tensor, found: MetricResult) -> None:
-        picture = case.sample.image
-        blurred = image_to_tensor(Imputer(picture, "blur").nothing_kept())
+        image = case.sample.image
+        blurred = image_to_tensor(Imputer(image, "blur").nothing_kept())
         forward = PixelForward(case.adapter, case.sample.prompt, case.answer_ids, "token_log_probs")
-        side = max(1, min(picture.size) // 3)
+        side = max(1, min(image.size) // 3)
 
         def blur_squares(inputs: Tensor) -> tuple[Tensor, Tensor]:
             generator = np.random.default_rng(self.seed)
-            squares = torch.zeros(len(inputs), 1, picture.height, picture.width)
+            squares = torch.zeros(len(inputs), 1, image.height, image.width)
             for square in squares:
-                y, x = (int(generator.integers(n - side + 1)) for n in (picture.height, picture.width))
+                y, x = (int(generator.integers(n - side + 1)) for n in (image.height, image.width))
                 square[:, y : y + side, x : x + side] = 1
             return squares.expand_as(inputs), torch.lerp(inputs, blurred.expand_as(inputs), squares)
 
         for index, word in case.objects.items():
             tokens = list(word.tokens)
-            map = torch.from_numpy(importance_at_pixels(_mean_map(maps, tokens), picture.size)).float()
+            map = torch.from_numpy(importance_at_pixels(_mean_map(maps, tokens), image.size)).float()
             value = infidelity(
                 lambda pixels, tokens=tokens: forward(pixels)[:, tokens].sum(1),
                 blur_squares,
-                image_to_tensor(picture),
+                image_to_tensor(image),
                 (map / 3).expand(1, 3, -1, -1),  # The sum over channels is the map.
                 n_perturb_samples=self.samples,
                 max_examples_per_batch=case.batch_size,
@@ -414,13 +414,13 @@ class Infidelity(Metric):
 class Sensitivity(Metric):
     """
     Captum's ``sensitivity_max`` of the object words' maps: how much they change, relative to their norm, when the
-    picture gets uniform noise.
+    image gets uniform noise.
 
     Args:
 
         radius (float, optional): Largest noise, of pixels in [0, 1].
                     Default: 0.02
-        samples (int, optional): Number of noisy pictures, of which the worst counts.
+        samples (int, optional): Number of noisy images, of which the worst counts.
                     Default: 3
         seed (int, optional): Of the noise.
                     Default: 0
@@ -439,8 +439,8 @@ class Sensitivity(Metric):
             return
 
         def explain(pixels: Tensor | tuple[Tensor, ...]) -> tuple[Tensor]:
-            shown = [_picture(each) for each in format_tensor_into_tuples(pixels)[0]]
-            each = [explainer(case.adapter, [picture], case.sample.prompt, case.answer_ids)[0] for picture in shown]
+            shown = [_image(each) for each in format_tensor_into_tuples(pixels)[0]]
+            each = [explainer(case.adapter, [image], case.sample.prompt, case.answer_ids)[0] for image in shown]
             return (torch.stack([torch.stack([_mean_map(maps, word.tokens) for word in words]) for maps in each]),)
 
         with torch.random.fork_rng(devices=[]):
@@ -465,7 +465,7 @@ class Randomization(Metric):
     """
 
     name: ClassVar[str] = "randomization"
-    columns: ClassVar[tuple[Column, ...]] = (Column("randomization", "randomisation", False),)
+    columns: ClassVar[tuple[Column, ...]] = (Column("randomization", "randomization", False),)
 
     seed: int = 0
 
@@ -483,8 +483,8 @@ class Randomization(Metric):
         found.add("randomization", ANSWER, float(np.mean([abs(step.rank_correlation) for step in steps])))
 
 
-def _picture(pixels: Tensor) -> Image.Image:
-    """The nearest picture of 8 bits."""
+def _image(pixels: Tensor) -> Image.Image:
+    """The nearest image of 8 bits."""
     levels = (pixels.detach().clamp(0, 1) * 255).round().to(torch.uint8)
     return Image.fromarray(levels.permute(1, 2, 0).cpu().numpy())
 

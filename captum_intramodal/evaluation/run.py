@@ -69,7 +69,7 @@ def evaluate(
     ``pairs.csv`` (paired bootstrap intervals and permutation tests of all pairs of explainers) and ``index.html``.
 
     A run that was killed goes on when it is called again with the same arguments; nothing is computed twice. The model
-    stays on its devices and in its dtype, so it may be spread over several or quantised.
+    stays on its devices and in its dtype, so it may be spread over several or quantized.
 
     Args:
 
@@ -355,7 +355,7 @@ def coverage(records: Sequence[Mapping[str, Any]], board: Leaderboard) -> dict[s
 
     Returns:
         *dict*: numbers of samples, words, nouns, function words and object words with a mask; of the categories that
-        the pictures show, how many the answers name; per explainer the reasons for which samples were skipped.
+        the images show, how many the answers name; per explainer the reasons for which samples were skipped.
     """
     types = board.coverage.words
     named = [{w["category"] for w in record["words"]} - {None} for record in records]

@@ -1,4 +1,4 @@
-r"""What the model says: one teacher-forced pass over prompts and answers, and one look at the pictures per scale."""
+r"""What the model says: one teacher-forced pass over prompts and answers, and one look at the images per scale."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Activations:
     """All that an explanation is made of, before scales are aggregated and context is suppressed.
 
     Attributes:
-        pictures (list[PIL.Image.Image]): the originals.
+        images (list[PIL.Image.Image]): the originals.
         text (TextTokens): the T text tokens.
         levels (list[ScaleMaps]): one per scale.
         method (str): whose maps they are.
@@ -52,7 +52,7 @@ class Activations:
             they were read while it was generated.
     """
 
-    pictures: list[Image.Image]
+    images: list[Image.Image]
     text: TextTokens
     levels: list[ScaleMaps]
     method: Method
@@ -67,15 +67,15 @@ class Activations:
     def maps(
         self, weights: Tensor, aggregation: Aggregation = "mean", changed_decisions: ChangedDecisions = "keep"
     ) -> list[Tensor]:
-        """Per picture the maps of all text tokens over its frame, float32 (T, rows, columns), aggregated over the
+        """Per image the maps of all text tokens over its frame, float32 (T, rows, columns), aggregated over the
         levels with their weights. The canvas is as fine as the finest level."""
         if changed_decisions != "keep" and len(self.levels) > 1:
             weights = self._weights_of_decisions(weights, changed_decisions)
         result = []
-        for image, picture in enumerate(self.pictures):
-            grids = [level.grid(image, picture.size) for level in self.levels]
+        for index, image in enumerate(self.images):
+            grids = [level.grid(index, image.size) for level in self.levels]
             grid = max(grids, key=lambda grid: grid[0] * grid[1])
-            drawn = (level.draw(image, picture.size, grid, self.working_memory) for level in self.levels)
+            drawn = (level.draw(index, image.size, grid, self.working_memory) for level in self.levels)
             result.append(aggregate(drawn, weights, aggregation))
         return result
 
@@ -100,19 +100,19 @@ class Activations:
 
 def collect_answer_activations(
     adapter: ModelAdapter,
-    pictures: list[Image.Image],
+    images: list[Image.Image],
     prompt: Prompt,
     answer: str | Sequence[int] | None,
     scales: Scales,
     **options: Any,
 ) -> Activations:
     """:func:`collect_activations` of one example."""
-    return collect_activations(adapter, [pictures], [prompt], [answer], scales, **options)[0]
+    return collect_activations(adapter, [images], [prompt], [answer], scales, **options)[0]
 
 
 def collect_activations(
     adapter: ModelAdapter,
-    pictures: Sequence[list[Image.Image]],
+    images: Sequence[list[Image.Image]],
     prompts: Sequence[Prompt],
     answers: Sequence[str | Sequence[int] | None],
     scales: Scales,
@@ -131,9 +131,9 @@ def collect_activations(
     report("Reading the prompt")
     layers = select_layers(adapter.lens, [-1 if layer is None else layer, *ranking_layers, -1])
     examples: list[Example] = []
-    for rows, inputs in adapter.prepare_together(pictures, prompts):
+    for rows, inputs in adapter.prepare_together(images, prompts):
         given = [answers[row] for row in rows]
-        # The passes at other scales need not read again what stands before the pictures.
+        # The passes at other scales need not read again what stands before the images.
         prefix = TextPrefix.of(adapter, inputs) if isinstance(scales, str) or {*scales} - {1.0} else None
         batch, said = _with_answers(adapter, inputs, given, layers, ranking_k, max_new_tokens, report, prefix)
         texts = [TextTokens.of(adapter, e, shown_prompt(prompts[row])) for e, row in zip(batch, rows, strict=True)]
@@ -145,7 +145,7 @@ def collect_activations(
             states = [said.of(e, p, layers) for e, p in zip(batch, positions, strict=True)]
         examples += [
             Example(
-                pictures[row],
+                images[row],
                 prompts[row],
                 encoding,
                 text,
@@ -156,14 +156,14 @@ def collect_activations(
             for row, encoding, text, read in zip(rows, batch, texts, states, strict=True)
         ]
 
-    report("Finding out what the model sees of the pictures")
+    report("Finding out what the model sees of the images")
     found: dict[tuple[Size, ...], tuple[dict[float, ScaleView], list[float]]] = {}
     for example in examples:
         if example.sizes not in found:
             alone = example.encoding.batch_size == 1
-            inputs = example.encoding.inputs if alone else adapter.prepare(example.pictures, example.prompt)
+            inputs = example.encoding.inputs if alone else adapter.prepare(example.images, example.prompt)
             found[example.sizes] = select_views(
-                adapter, example.pictures, scales, inputs, method, crops, interpolate_pos_encoding
+                adapter, example.images, scales, inputs, method, crops, interpolate_pos_encoding
             )
 
     levels: list[list[ScaleMaps]] = [[] for _ in examples]
@@ -179,7 +179,7 @@ def collect_activations(
         kept, dropped = found[example.sizes]
         readings.append(
             Activations(
-                pictures=example.pictures,
+                images=example.images,
                 text=example.text,
                 levels=seen,
                 method=explained_by(method, next(iter(kept.values()))),

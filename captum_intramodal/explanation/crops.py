@@ -18,12 +18,12 @@ __all__ = ["CropView"]
 
 @dataclass(frozen=True)
 class CropView:
-    """Overlapping cut-outs of the pictures, each of which the model sees in the place of its picture.
+    """Overlapping cut-outs of the images, each of which the model sees in the place of its image.
 
     Attributes:
-        boxes (tuple): (picture, x0, y0, x1, y1) of each cut-out in whole pixels.
+        boxes (tuple): (image, x0, y0, x1, y1) of each cut-out in whole pixels.
         geometry (TokenGeometry): of the tokens of all cut-outs, one after another, in the frame of the originals;
-            tokens of the pictures that stand beside a cut-out have no box.
+            tokens of the images that stand beside a cut-out have no box.
     """
 
     boxes: tuple[tuple[int, int, int, int, int], ...]
@@ -31,7 +31,7 @@ class CropView:
 
     @classmethod
     def of(cls, adapter: ModelAdapter, sizes: Sequence[tuple[int, int]], scale: float) -> CropView:
-        """As many as it takes, of one ``scale``-th of a picture's sides, evenly spread."""
+        """As many as it takes, of one ``scale``-th of an image's sides, evenly spread."""
         steps = math.ceil(scale)
         boxes, parts, images = [], [], []
         for image, (width, height) in enumerate(sizes):
@@ -49,7 +49,7 @@ class CropView:
             tuple(boxes), TokenGeometry(placed, kinds, torch.cat(images), tuple(sizes), argument=geometry.argument)
         )
 
-    def show(self, pictures: Sequence[Image.Image]) -> Iterator[list[Image.Image]]:
-        """The pictures of each pass, one of them cut."""
+    def show(self, images: Sequence[Image.Image]) -> Iterator[list[Image.Image]]:
+        """The images of each pass, one of them cut."""
         for image, *box in self.boxes:
-            yield [p.crop((box[0], box[1], box[2], box[3])) if i == image else p for i, p in enumerate(pictures)]
+            yield [p.crop((box[0], box[1], box[2], box[3])) if i == image else p for i, p in enumerate(images)]

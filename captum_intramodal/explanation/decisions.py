@@ -12,7 +12,7 @@ from captum_intramodal.adapter.model_adapter import ModelAdapter
 from captum_intramodal.adapter.position_interpolation import ResizedInputView
 from captum_intramodal.explanation.crops import CropView
 from captum_intramodal.explanation.passes import Example
-from captum_intramodal.explanation.scale_maps import resize_pictures
+from captum_intramodal.explanation.scale_maps import resize_images
 from captum_intramodal.explanation.scale_views import ScaleView
 
 __all__ = ["Decision"]
@@ -38,10 +38,10 @@ def decide(adapter: ModelAdapter, example: Example, sights: Mapping[float, Scale
         viewer, bare = (sight.adapter, sight.sight) if isinstance(sight, ResizedInputView) else (adapter, sight)
         if isinstance(bare, CropView):
             raise ValueError(
-                "A cut-out shows the model a part of the picture; what it would say of the whole at that scale is not "
+                "A cut-out shows the model a part of the image; what it would say of the whole at that scale is not "
                 'known. Leave out crops, or changed_decisions="drop" or "weigh".'
             )
-        shown = example.pictures if bare is None else resize_pictures(example.pictures, bare.image_sizes)
+        shown = example.images if bare is None else resize_images(example.images, bare.image_sizes)
         scorer = AnswerScorer(viewer, example.prompt, example.encoding.answer_ids)
         log_probability, likeliest = scorer.predict([shown])
         decided[scale] = Decision(log_probability[0], likeliest[0])

@@ -57,11 +57,11 @@ def explain(
     progress: Callable[[str], None] | None = None,
 ) -> Explanation:
     r"""
-    Explains every word of an image-text-to-text model's answer: the region of the picture and the earlier words that it
+    Explains every word of an image-text-to-text model's answer: the region of the image and the earlier words that it
     came from.
 
     The map of a token is the logit lens of its id at the visual positions, clipped at 0, at each of ``scales``,
-    interpolated over the original picture and averaged (MSEA); then the part that its irrelevant context explains is
+    interpolated over the original image and averaged (MSEA); then the part that its irrelevant context explains is
     taken away (ARC). One forward pass per scale, without gradients, for all tokens together.
     ``scales=(1.0,), arc=None`` is the plain logit lens.
 
@@ -69,13 +69,13 @@ def explain(
 
         model (PreTrainedModel): From ``AutoModelForImageTextToText.from_pretrained``; any dtype, device and attention.
         processor: From ``AutoProcessor.from_pretrained``.
-        images (PIL.Image.Image or Sequence[PIL.Image.Image]): The picture or pictures, in the prompt's order.
+        images (PIL.Image.Image or Sequence[PIL.Image.Image]): The image or images, in the prompt's order.
         prompt (str or Sequence[Mapping]): The question; or chat messages as ``processor.apply_chat_template`` takes
                     them.
         answer (str or Sequence[int], optional): The answer to explain, as text or token ids.
                     Default: None, the model's own greedy answer.
-        scales (Sequence[float] or str, optional): Factors by which the pictures are resized. A scale that shows the
-                    model nothing new, because its processor brings the picture to the same size anyway, is dropped with
+        scales (Sequence[float] or str, optional): Factors by which the images are resized. A scale that shows the
+                    model nothing new, because its processor brings the image to the same size anyway, is dropped with
                     a warning. ``'auto'``: ``(1.0, 1.5, 2.0)`` as far as the model sees more there; instead of the
                     others, 0.75 and 0.5 if they have a grid of tokens of their own.
                     Default: ``'auto'``
@@ -92,22 +92,22 @@ def explain(
                     :class:`~captum_intramodal.ActivationRankingCorrelation` (``k``, ``p``, ``weighting``, ...), None
                     or False for none.
                     Default: True
-        crops (bool, optional): Where the model sees nothing more of an enlarged picture, as those of a fixed input size
+        crops (bool, optional): Where the model sees nothing more of an enlarged image, as those of a fixed input size
                     do, show it cut-outs instead: 2 x 2 at scale 2, each in a pass of its own. Such levels have smaller
                     tokens; what lies in a cut-out is seen without its surroundings.
                     Default: False
-        interpolate_pos_encoding (bool, optional): Show such a model the whole picture at a larger input size instead,
+        interpolate_pos_encoding (bool, optional): Show such a model the whole image at a larger input size instead,
                     with more visual tokens, where its vision tower can interpolate its position embeddings. The tower
                     was not trained at that size.
                     Default: False
-        video (bool, optional): Whether the pictures are the frames of one video, sampled as the model expects them. The
-                    explanation shows them as pictures in time; frames that the model merges have the same map.
+        video (bool, optional): Whether the images are the frames of one video, sampled as the model expects them. The
+                    explanation shows them as images in time; frames that the model merges have the same map.
                     Default: False
         method (str, optional): Whose maps: ``'logit_lens'`` at visual tokens in the decoder's sequence;
                     ``'layer_gradient_x_activation'`` at visual tokens wherever the decoder reads them (one backward
                     pass per token and scale), as in cross-attention, encoder-decoders and all that the lens can
                     explain; ``'input_x_gradient'`` with respect to the pixels (likewise), for models whose visual
-                    tokens have no place in the picture (resamplers). ``'auto'``: the first of these that the model can
+                    tokens have no place in the image (resamplers). ``'auto'``: the first of these that the model can
                     do.
                     Default: ``'auto'``
         layer (int, optional): Decoder layer whose output the lens reads, or whose input activation times gradient is
@@ -121,8 +121,8 @@ def explain(
                     ``working_memory`` + b L (V + 2 T) D + 4 T (V + 4 C)
 
                     bytes for T text tokens (the prompt's and the answer's), V visual tokens at all scales, maps of C
-                    cells (at most 160 x 160 for each picture), and hidden states of D numbers of b bytes, read at L
-                    layers; and, where at least 256 tokens stand before the first picture, which the passes at other
+                    cells (at most 160 x 160 for each image), and hidden states of D numbers of b bytes, read at L
+                    layers; and, where at least 256 tokens stand before the first image, which the passes at other
                     scales then need not read again, the keys and values of these at all layers. The size of the
                     vocabulary has no part in it. Where memory runs out earlier, the parts are halved, with a warning.
                     Default: 16 MiB
@@ -133,14 +133,14 @@ def explain(
         Explanation: maps, text relevance and probabilities of all tokens, on the CPU.
 
     Raises:
-        TypeError: not an image-text-to-text model, processor or picture.
+        TypeError: not an image-text-to-text model, processor or image.
         ValueError: empty prompt or answer, words that the tokenizer does not know, scales that are not positive, an
             input size that cannot be enlarged.
 
     Examples::
 
         >>> explanation = explain(model, processor, image, "describe the picture.")
-        >>> explanation.heatmap("dog").shape     # (height, width) of the picture
+        >>> explanation.heatmap("dog").shape     # (height, width) of the image
         >>> explanation.to_html("page.html")
     """
     (explanation,) = _explain_together(
@@ -189,17 +189,17 @@ def explain_batch(
 ) -> list[Explanation]:
     r"""
     Explains several answers as :func:`explain` does each, ``batch_size`` of them in one left-padded batch: the model
-    generates the answers together, reads them together, and looks at the pictures of a scale together.
+    generates the answers together, reads them together, and looks at the images of a scale together.
 
     Whether the model says the same in a batch as alone is tried on two small examples first. Where it does not (as
-    with positions that count from the padding on), or its processor cannot stack these pictures, the examples run one
+    with positions that count from the padding on), or its processor cannot stack these images, the examples run one
     after another. In low precision a padded example is rounded otherwise than alone; an answer may then differ where
     two words are almost equally likely.
 
     Args:
 
         model, processor: See :func:`explain`.
-        images (Sequence): Per example a picture, or the list of its pictures.
+        images (Sequence): Per example an image, or the list of its images.
         prompts (str or Sequence): Per example a prompt, as :func:`explain` takes it; or one question for all.
         answers (Sequence, optional): Per example the answer to explain, as text or token ids, or None for the model's
                     own.
@@ -213,7 +213,7 @@ def explain_batch(
         *list[Explanation]*: one per example, in their order.
 
     Raises:
-        TypeError, ValueError: see :func:`explain`; and numbers of pictures, prompts and answers that differ, or a
+        TypeError, ValueError: see :func:`explain`; and numbers of images, prompts and answers that differ, or a
             batch size below 1.
 
     Examples::
@@ -222,7 +222,7 @@ def explain_batch(
         >>> [explanation.answer for explanation in explanations]
     """
     if isinstance(images, Image.Image):
-        raise TypeError("images must hold one picture, or one list of pictures, per example; got a single picture.")
+        raise TypeError("images must hold one image, or one list of images, per example; got a single image.")
     asked = [prompts] * len(images) if isinstance(prompts, str) else list(prompts)
     given = [None] * len(images) if answers is None else list(answers)
     if isinstance(answers, str) or not len(images) == len(asked) == len(given):
@@ -273,7 +273,7 @@ def _explain_together(
     max_new_tokens: int,
     progress: Callable[[str], None] | None,
 ) -> list[Explanation]:
-    pictures = [check_images(shown) for shown in images]
+    checked = [check_images(shown) for shown in images]
     if changed_decisions not in CHANGED_DECISIONS:
         raise ValueError(f"changed_decisions must be one of {CHANGED_DECISIONS}, got {changed_decisions!r}.")
     weight_of: dict[float, float] = {}
@@ -296,15 +296,15 @@ def _explain_together(
         "layer": layer,
     }
     explanations: list[Explanation] = []
-    for start in range(0, len(pictures), batch_size):
+    for start in range(0, len(checked), batch_size):
         part = slice(start, start + batch_size)
-        if len(pictures) > batch_size and progress is not None:
-            progress(f"Examples {start + 1} to {min(start + batch_size, len(pictures))} of {len(pictures)}")
+        if len(checked) > batch_size and progress is not None:
+            progress(f"Examples {start + 1} to {min(start + batch_size, len(checked))} of {len(checked)}")
         with evaluation_mode(adapter.model):
             ranking = ARC(model=adapter.lens, **(arc if isinstance(arc, Mapping) else {}))
             readings = collect_activations(
                 adapter,
-                pictures[part],
+                checked[part],
                 prompts[part],
                 answers[part],
                 scales,
@@ -352,7 +352,7 @@ def _explanation(
         maps = suppress_together(ranking, maps, context)
     shown = reading.text.shown
     return Explanation(
-        images=reading.pictures,
+        images=reading.images,
         prompt=reading.text.prompt,
         answer=reading.text.answer,
         token_ids=reading.text.ids[shown],
@@ -372,7 +372,7 @@ def _explanation(
                 {
                     "scale": level.scale,
                     "visual_tokens": level.n_visual,
-                    "token_size": level.cell_size(reading.pictures[0].size),
+                    "token_size": level.cell_size(reading.images[0].size),
                 }
                 for level in reading.levels
             ],
@@ -412,14 +412,14 @@ def relate(ranking: ARC, reading: Activations) -> tuple[ContextRelevance, Tensor
 def _warn_of_dropped(explanations: Sequence[Explanation]) -> None:
     for dropped in sorted({tuple(explanation.settings["dropped_scales"]) for explanation in explanations} - {()}):
         warnings.warn(
-            f"Scales {list(dropped)} show the model nothing new and are left out: its processor brings the pictures "
+            f"Scales {list(dropped)} show the model nothing new and are left out: its processor brings the images "
             "to the same size as another scale.",
             stacklevel=3,
         )
 
 
 def suppress_together(arc: ARC, maps: Sequence[Tensor], context: ContextRelevance) -> list[Tensor]:
-    """ARC on the maps of several pictures, with one scale of the interference per token for all of them."""
+    """ARC on the maps of several images, with one scale of the interference per token for all of them."""
     flat = arc.suppress(torch.cat([m.flatten(1) for m in maps], dim=1), context)
     parts = flat.split([m[0].numel() for m in maps], dim=1)
     return [part.reshape(m.shape) for part, m in zip(parts, maps, strict=True)]

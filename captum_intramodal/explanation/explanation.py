@@ -41,15 +41,15 @@ _FORMAT = 1
 @dataclass(frozen=True)
 class Explanation:
     r"""
-    Explanation of an answer about one or several pictures, word by word.
+    Explanation of an answer about one or several images, word by word.
 
     Attributes:
 
-        images (list[PIL.Image.Image]): The pictures, RGB.
+        images (list[PIL.Image.Image]): The images, RGB.
         prompt, answer (str): What was asked and answered.
         token_ids (Tensor): Ids of the prompt's tokens, then of the answer's, int64 (n,).
         spans (Tensor): Characters of each token in the prompt or answer, int64 (n, 2).
-        maps (list[Tensor]): Per picture the tokens' maps, float32 (n, rows, columns), not negative, all on one scale.
+        maps (list[Tensor]): Per image the tokens' maps, float32 (n, rows, columns), not negative, all on one scale.
         relevance (Tensor): How much each earlier token (column) speaks for a token (row): the logit lens of the token
             at the earlier token's position, clipped at 0, 0 for the same token; float32 (n, n).
         probabilities (Tensor): Of the answer's tokens, each given all before it, float32 (n_answer,).
@@ -118,17 +118,17 @@ class Explanation:
         normalize: Literal["token", "answer"] = "token",
     ) -> Tensor:
         r"""
-        Where a token or word comes from in a picture.
+        Where a token or word comes from in an image.
 
         Args:
 
             index (int, str or Word): Index of a token of the answer (of the prompt with ``part='prompt'``); or a word,
                         as text (its first occurrence) or from :attr:`words`. A word's map is the mean of its tokens'.
             size (tuple[int, int], optional): Height and width of the result.
-                        Default: None, the height and width of the picture.
+                        Default: None, the height and width of the image.
             part (str, optional): ``'answer'`` or ``'prompt'``.
                         Default: ``'answer'``
-            image (int, optional): Which picture.
+            image (int, optional): Which image.
                         Default: 0
             normalize (str, optional): What becomes 1: the largest value of this map (``'token'``), or of all the
                         answer's maps (``'answer'``), so that words without visual evidence stay dark.
@@ -138,15 +138,15 @@ class Explanation:
             *Tensor* float32 (height, width) in [0, 1].
 
         Raises:
-            IndexError, ValueError: a token, word or picture that does not exist, or an empty size.
+            IndexError, ValueError: a token, word or image that does not exist, or an empty size.
         """
         if not -len(self.maps) <= image < len(self.maps):
-            raise IndexError(f"Picture {image} does not exist; there are {len(self.maps)}.")
+            raise IndexError(f"Image {image} does not exist; there are {len(self.maps)}.")
         if normalize not in ("token", "answer"):
             raise ValueError(f"normalize must be 'token' or 'answer', got {normalize!r}.")
         values = self.maps[image][self._rows(index, part)].mean(0)
         if normalize == "token":
-            # The largest over all pictures: of two pictures the one that matters less stays darker.
+            # The largest over all images: of two images the one that matters less stays darker.
             largest = max(float(maps[self._rows(index, part)].mean(0).max()) for maps in self.maps)
         else:
             largest = max(float(maps[self._prompt_count :].max()) for maps in self.maps)
@@ -184,7 +184,7 @@ class Explanation:
         return [*self.prompt_tokens, *self.tokens][: self._rows(index, part)[0]]
 
     def word_maps(self, part: Part) -> list[np.ndarray]:
-        """Per picture the raw maps of all words, float32 (words, rows, columns), not negative, on one scale."""
+        """Per image the raw maps of all words, float32 (words, rows, columns), not negative, on one scale."""
         words = self.words if part == "answer" else self.prompt_words
         return [
             np.stack([maps[self._rows(word, part)].mean(0).numpy() for word in words])
@@ -216,7 +216,7 @@ class Explanation:
 
         Args:
 
-            grid (tuple[int, int], optional): Rows and columns of regions in each picture.
+            grid (tuple[int, int], optional): Rows and columns of regions in each image.
                         Default: ``(6, 6)``
 
         Returns:
@@ -264,7 +264,7 @@ class Explanation:
 
     def save(self, directory: str | os.PathLike[str]) -> Path:
         r"""
-        Saves tensors (safetensors), texts and settings (JSON) and pictures (PNG) into a directory, which is made where
+        Saves tensors (safetensors), texts and settings (JSON) and images (PNG) into a directory, which is made where
         it does not exist. Each file appears whole or not at all, the JSON file last.
 
         Returns:
@@ -320,7 +320,7 @@ class Explanation:
 
     def __repr__(self) -> str:
         return (
-            f"Explanation({self.answer!r}, {len(self.words)} words, {len(self.images)} pictures, "
+            f"Explanation({self.answer!r}, {len(self.words)} words, {len(self.images)} images, "
             f"scales={self.settings.get('scales')})"
         )
 

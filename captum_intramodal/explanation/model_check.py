@@ -16,7 +16,7 @@ from captum_intramodal.adapter.model_adapter import ModelAdapter
 from captum_intramodal.adapter.prompts import Prompt
 from captum_intramodal.adapter.trials import logits_gap
 from captum_intramodal.attr.pixel_forward import PixelForward
-from captum_intramodal.explanation.scale_maps import resize_pictures
+from captum_intramodal.explanation.scale_maps import resize_images
 from captum_intramodal.explanation.scale_views import select_views
 from captum_intramodal.geometry.oracle import geometry_oracle
 from captum_intramodal.geometry.token_geometry import TokenGeometry
@@ -85,7 +85,7 @@ def check(
     r"""
     Tests on a model what an explanation of its answers builds upon, in seconds on a small model.
 
-    - *geometry*: the visual token that reacts most to a small change of the picture has a box around the change
+    - *geometry*: the visual token that reacts most to a small change of the image has a box around the change
       (:func:`~captum_intramodal.geometry.geometry_oracle`), far more often than with shuffled boxes;
     - *logit lens*: the model's logits follow from its last decoder layer's output, and how;
     - *teacher forcing*: one pass over prompt and answer predicts what ``generate`` answered;
@@ -96,9 +96,9 @@ def check(
 
         model (PreTrainedModel): An image-text-to-text model.
         processor: Its processor.
-        image (PIL.Image.Image, optional): A picture of the size that matters.
+        image (PIL.Image.Image, optional): An image of the size that matters.
                     Default: None, a smooth random one of 640 x 400 pixels
-        prompt (str or Sequence[Mapping], optional): A question about one picture.
+        prompt (str or Sequence[Mapping], optional): A question about one image.
                     Default: ``'describe the picture.'``
         progress (Callable, optional): Called with a line of text before each step.
                     Default: None
@@ -107,7 +107,7 @@ def check(
         CheckReport: prints as a table; ``report.passed`` and ``report["geometry"]`` in code.
 
     Raises:
-        TypeError: not an image-text-to-text model and its processor, or not a picture.
+        TypeError: not an image-text-to-text model and its processor, or not an image.
         ValueError: an empty prompt.
 
     Examples::
@@ -118,7 +118,7 @@ def check(
         True
     """
     adapter = ModelAdapter(model, processor)
-    (picture,) = check_images(_smooth_picture(SIZE) if image is None else image)
+    (checked,) = check_images(_smooth_image(SIZE) if image is None else image)
     adapter.prompt_text(prompt, 1)
     steps: dict[str, Callable[[ModelAdapter, Image.Image, Prompt], Check]] = {
         "geometry": _check_geometry,
@@ -133,7 +133,7 @@ def check(
             if progress:
                 progress(f"Checking {name}")
             try:
-                yield step(adapter, picture, prompt)
+                yield step(adapter, checked, prompt)
             # Whatever a model that we have never seen raises is the finding.
             except Exception as error:
                 yield Check(name, False, f"{type(error).__name__}: {' '.join(str(error).split())}")
@@ -142,35 +142,35 @@ def check(
         return CheckReport(type(model).__name__, tuple(run()))
 
 
-def _smooth_picture(size: tuple[int, int]) -> Image.Image:
+def _smooth_image(size: tuple[int, int]) -> Image.Image:
     coarse = np.random.default_rng(0).integers(0, 256, (6, 8, 3), np.uint8)
     return Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC)
 
 
 def _oracle(
-    adapter: ModelAdapter, picture: Image.Image, prompt: Prompt, geometry: TokenGeometry, blocks: int = 40
+    adapter: ModelAdapter, image: Image.Image, prompt: Prompt, geometry: TokenGeometry, blocks: int = 40
 ) -> float:
-    return geometry_oracle(adapter.model, lambda images: adapter.prepare(images, prompt), [picture], geometry, blocks)
+    return geometry_oracle(adapter.model, lambda images: adapter.prepare(images, prompt), [image], geometry, blocks)
 
 
-def _check_geometry(adapter: ModelAdapter, picture: Image.Image, prompt: Prompt) -> Check:
+def _check_geometry(adapter: ModelAdapter, image: Image.Image, prompt: Prompt) -> Check:
     try:
-        geometry = adapter.geometry([picture.size])
+        geometry = adapter.geometry([image.size])
     except ValueError as error:
-        adapter.pixel_maps([picture.size])
+        adapter.pixel_maps([image.size])
         return Check("geometry", None, f"{error} Explained by its pixels")
     counts = {kind: geometry.kinds.count(kind) for kind in dict.fromkeys(geometry.kinds)}
     found = f"{len(geometry.kinds)} visual tokens ({', '.join(f'{n} {kind}' for kind, n in counts.items())})"
     found += "" if geometry.argument is None else f" in {geometry.argument}"
     if "local" not in counts:
-        return Check("geometry", None, f"{found}; none stands for a region of the picture. Explained by its pixels")
+        return Check("geometry", None, f"{found}; none stands for a region of the image. Explained by its pixels")
     if family_of(adapter.model.config).code_raster_ends is not None:
-        return Check("geometry", None, f"{found}; codes that no small change of the picture moves", {"tokens": counts})
-    rate = _oracle(adapter, picture, prompt, geometry)
+        return Check("geometry", None, f"{found}; codes that no small change of the image moves", {"tokens": counts})
+    rate = _oracle(adapter, image, prompt, geometry)
     local = geometry.is_local.nonzero().flatten()
     boxes = geometry.boxes.clone()
     boxes[local] = boxes[local[torch.randperm(len(local), generator=torch.Generator().manual_seed(0))]]
-    chance = _oracle(adapter, picture, prompt, replace(geometry, boxes=boxes), blocks=16)
+    chance = _oracle(adapter, image, prompt, replace(geometry, boxes=boxes), blocks=16)
     width, height = geometry.token_size
     return Check(
         "geometry",
@@ -187,7 +187,7 @@ def _check_geometry(adapter: ModelAdapter, picture: Image.Image, prompt: Prompt)
     )
 
 
-def _check_lens(adapter: ModelAdapter, picture: Image.Image, prompt: Prompt) -> Check:
+def _check_lens(adapter: ModelAdapter, image: Image.Image, prompt: Prompt) -> Check:
     lens = adapter.lens
     way = {"fast": "head(norm(h))", "replay": "the model's own tail, replayed (slower)"}[lens.tail]
     extra = "" if lens.factor == 1 else f", times {lens.factor:.4g}"
@@ -200,8 +200,8 @@ def _check_lens(adapter: ModelAdapter, picture: Image.Image, prompt: Prompt) -> 
     )
 
 
-def _check_teacher_forcing(adapter: ModelAdapter, picture: Image.Image, prompt: Prompt) -> Check:
-    inputs = adapter.prepare([picture], prompt)
+def _check_teacher_forcing(adapter: ModelAdapter, image: Image.Image, prompt: Prompt) -> Check:
+    inputs = adapter.prepare([image], prompt)
     answer, generated = adapter.generate_with_logits(inputs, max_new_tokens=16)
     encoding = adapter.encode(inputs, answer)
     forced = encoding.rows(adapter.run(encoding.inputs).logits[0])[-len(answer) - 1 : -1]
@@ -219,8 +219,8 @@ def _tolerance(dtype: torch.dtype) -> float:
     return 0.01 if dtype in (torch.float32, torch.float64) else 0.1
 
 
-def _check_scales(adapter: ModelAdapter, picture: Image.Image, prompt: Prompt) -> Check:
-    sights, _ = select_views(adapter, [picture], "auto", adapter.prepare([picture], prompt))
+def _check_scales(adapter: ModelAdapter, image: Image.Image, prompt: Prompt) -> Check:
+    sights, _ = select_views(adapter, [image], "auto", adapter.prepare([image], prompt))
     worst, sizes = 1.0, {}
     for scale, sight in sights.items():
         if not isinstance(sight, TokenGeometry):
@@ -229,7 +229,7 @@ def _check_scales(adapter: ModelAdapter, picture: Image.Image, prompt: Prompt) -
             )
         sizes[scale] = [round(side / scale, 1) for side in sight.token_size]
         if family_of(adapter.model.config).code_raster_ends is None:
-            resized = resize_pictures([picture], sight.image_sizes)[0]
+            resized = resize_images([image], sight.image_sizes)[0]
             worst = min(worst, _oracle(adapter, resized, prompt, sight, blocks=16))
     listed = ", ".join(f"{scale:g}: {width:.0f} x {height:.0f}" for scale, (width, height) in sizes.items())
     return Check(
@@ -241,13 +241,13 @@ def _check_scales(adapter: ModelAdapter, picture: Image.Image, prompt: Prompt) -
     )
 
 
-def _check_pixels(adapter: ModelAdapter, picture: Image.Image, prompt: Prompt) -> Check:
-    inputs = adapter.prepare([picture], prompt)
+def _check_pixels(adapter: ModelAdapter, image: Image.Image, prompt: Prompt) -> Check:
+    inputs = adapter.prepare([image], prompt)
     answer, _ = adapter.generate_with_logits(inputs, max_new_tokens=4)
     forward = PixelForward(adapter, prompt, answer)
     encoding = adapter.encode(inputs, forward.answer_ids)
     expected = encoding.rows(adapter.run(encoding.inputs).logits[0])[-len(forward.answer_ids) - 1 : -1]
-    pixels = image_to_tensor(picture)
+    pixels = image_to_tensor(image)
     with torch.enable_grad():
         pixels.requires_grad_()
         logits = forward(pixels)
@@ -257,7 +257,7 @@ def _check_pixels(adapter: ModelAdapter, picture: Image.Image, prompt: Prompt) -
     return Check(
         "pixels",
         seen > 0 and gap < 0.1,
-        f"a gradient reaches {seen:.0%} of the picture's pixels; the logits differ from the ordinary path's by "
+        f"a gradient reaches {seen:.0%} of the image's pixels; the logits differ from the ordinary path's by "
         f"{gap:.2%} of their spread",
         {"seen": seen, "gap": gap},
     )

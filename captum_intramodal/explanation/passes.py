@@ -17,7 +17,7 @@ from captum_intramodal.adapter.prefix_cache import TextPrefix, visual_states
 from captum_intramodal.adapter.prompts import Prompt
 from captum_intramodal.adapter.text_tokens import TextTokens, text_positions
 from captum_intramodal.explanation.crops import CropView
-from captum_intramodal.explanation.scale_maps import PixelScaleMaps, ScaleMaps, TokenScaleMaps, resize_pictures
+from captum_intramodal.explanation.scale_maps import PixelScaleMaps, ScaleMaps, TokenScaleMaps, resize_images
 from captum_intramodal.explanation.scale_views import Method, ScaleView, explained_by
 from captum_intramodal.geometry.pixel_map import PixelMaps, Size
 from captum_intramodal.geometry.token_geometry import TokenGeometry
@@ -28,10 +28,10 @@ __all__ = []
 
 @dataclass(frozen=True)
 class Example:
-    """A prompt with its pictures and answer, and what was read of it: the states of each layer at the visual tokens,
+    """A prompt with its images and answer, and what was read of it: the states of each layer at the visual tokens,
     the text tokens and before these."""
 
-    pictures: list[Image.Image]
+    images: list[Image.Image]
     prompt: Prompt
     encoding: Encoding
     text: TextTokens
@@ -41,7 +41,7 @@ class Example:
 
     @property
     def sizes(self) -> tuple[Size, ...]:
-        return tuple(picture.size for picture in self.pictures)
+        return tuple(image.size for image in self.images)
 
 
 def compute_scale_maps(
@@ -84,10 +84,10 @@ def compute_scale_maps(
 
 
 def _passes(sight: TokenGeometry | PixelMaps | CropView, example: Example) -> list[list[Image.Image]]:
-    """The pictures of each pass that it takes to see them."""
+    """The images of each pass that it takes to see them."""
     if isinstance(sight, CropView):
-        return list(sight.show(example.pictures))
-    return [resize_pictures(example.pictures, sight.image_sizes)]
+        return list(sight.show(example.images))
+    return [resize_images(example.images, sight.image_sizes)]
 
 
 def _encode_passes(

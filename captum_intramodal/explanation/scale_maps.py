@@ -19,7 +19,7 @@ from captum_intramodal.functional.rasterize import raster_grid, rasterize
 from captum_intramodal.geometry.pixel_map import PixelMaps
 from captum_intramodal.geometry.token_geometry import TokenGeometry
 
-__all__ = ["PixelScaleMaps", "ScaleMaps", "TokenScaleMaps", "resize_pictures"]
+__all__ = ["PixelScaleMaps", "ScaleMaps", "TokenScaleMaps", "resize_images"]
 
 # Gradients at single pixels are noise; they are summed over cells, this many along the longer side.
 _CELLS = 24
@@ -29,7 +29,7 @@ class ScaleMaps(Protocol):
     """What one scale shows of the text tokens' maps.
 
     Attributes:
-        scale (float): factor of the pictures' size.
+        scale (float): factor of the images' size.
         n_visual (int): number of values per map: visual tokens, or cells.
     """
 
@@ -40,13 +40,13 @@ class ScaleMaps(Protocol):
     def n_visual(self) -> int: ...
 
     def cell_size(self, size: tuple[int, int]) -> list[float]:
-        """Typical width and height, in pixels of the first picture, of what a value stands for."""
+        """Typical width and height, in pixels of the first image, of what a value stands for."""
 
     def grid(self, image: int, size: tuple[int, int]) -> tuple[int, int]:
-        """Rows and columns of a canvas over a picture of this (width, height) that keeps what the level shows."""
+        """Rows and columns of a canvas over an image of this (width, height) that keeps what the level shows."""
 
     def draw(self, image: int, size: tuple[int, int], grid: tuple[int, int], working_memory: int) -> Tensor:
-        """Maps of the text tokens over a picture, float32 (T, rows, columns)."""
+        """Maps of the text tokens over an image, float32 (T, rows, columns)."""
 
 
 @dataclass(frozen=True)
@@ -54,10 +54,10 @@ class TokenScaleMaps:
     """What each visual token says of the text tokens, and where the visual tokens lie in the originals.
 
     Attributes:
-        scale (float): factor of the pictures' size.
+        scale (float): factor of the images' size.
         activation (Tensor): the text tokens' logit lens, or activation times gradient, at each visual token; float32
             (T, V), clipped at 0.
-        geometry (TokenGeometry): of the resized pictures.
+        geometry (TokenGeometry): of the resized images.
     """
 
     scale: float
@@ -69,7 +69,7 @@ class TokenScaleMaps:
         return self.activation.shape[1]
 
     def boxes(self, image: int, size: tuple[int, int]) -> Tensor:
-        """Boxes in pixels of the original picture; NaN for tokens of other pictures."""
+        """Boxes in pixels of the original image; NaN for tokens of other images."""
         width, height = self.geometry.image_sizes[image]
         boxes = self.geometry.boxes * torch.tensor([size[0] / width, size[1] / height] * 2)
         return boxes.masked_fill(~self.geometry.sees(image)[:, None], torch.nan)
@@ -93,8 +93,8 @@ class PixelScaleMaps:
     """Input times gradient of the text tokens' log-probabilities, for models without a place per visual token.
 
     Attributes:
-        scale (float): factor of the pictures' size.
-        maps (list[Tensor]): per picture float32 (T, rows, columns), clipped at 0.
+        scale (float): factor of the images' size.
+        maps (list[Tensor]): per image float32 (T, rows, columns), clipped at 0.
     """
 
     scale: float
@@ -141,9 +141,9 @@ def _square_cells(size: tuple[int, int]) -> tuple[int, int]:
     return max(1, round(height / cell)), max(1, round(width / cell))
 
 
-def resize_pictures(pictures: Sequence[Image.Image], sizes: Sequence[tuple[int, int]]) -> list[Image.Image]:
-    """Pictures at other (width, height)s; a picture that has its size already stays as it is."""
+def resize_images(images: Sequence[Image.Image], sizes: Sequence[tuple[int, int]]) -> list[Image.Image]:
+    """Images at other (width, height)s; an image that has its size already stays as it is."""
     return [
-        picture if picture.size == size else picture.resize(size, Image.Resampling.BICUBIC)
-        for picture, size in zip(pictures, sizes, strict=True)
+        image if image.size == size else image.resize(size, Image.Resampling.BICUBIC)
+        for image, size in zip(images, sizes, strict=True)
     ]

@@ -1,4 +1,4 @@
-r"""What one scale of the pictures shows: the text tokens' maps at visual tokens, or over the pixels."""
+r"""What one scale of the images shows: the text tokens' maps at visual tokens, or over the pixels."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ METHODS: tuple[Method, ...] = ("auto", "logit_lens", "layer_gradient_x_activatio
 Scales = Sequence[float] | Literal["auto"]
 
 
-# What scales="auto" tries where the model sees nothing more of an enlarged picture.
+# What scales="auto" tries where the model sees nothing more of an enlarged image.
 _REDUCTIONS = (0.75, 0.5)
 
 
@@ -35,7 +35,7 @@ ScaleView = TokenGeometry | PixelMaps | CropView | ResizedInputView
 
 def select_views(
     adapter: ModelAdapter,
-    pictures: Sequence[Image.Image],
+    images: Sequence[Image.Image],
     scales: Scales,
     inputs: Mapping[str, Any],
     method: Method = "auto",
@@ -48,7 +48,7 @@ def select_views(
     Args:
 
         adapter (ModelAdapter): The model and its processor.
-        pictures (Sequence[PIL.Image.Image]): The originals.
+        images (Sequence[PIL.Image.Image]): The originals.
         scales (Sequence[float] or str): Factors of their size. ``'auto'``: the default ones, as far as the model sees
                     something of its own there, filled up with reductions that have a grid of tokens of their own.
         inputs (Mapping): What the processor makes of the originals.
@@ -56,7 +56,7 @@ def select_views(
                     (:class:`TokenGeometry`), the lens one in the decoder's sequence; ``'input_x_gradient'`` one per
                     pixel element (:class:`PixelMaps`). ``'auto'``: the first that the model can do.
                     Default: ``'auto'``
-        crops (bool, optional): Where the model sees nothing more of enlarged pictures, cut them (:class:`CropView`).
+        crops (bool, optional): Where the model sees nothing more of enlarged images, cut them (:class:`CropView`).
                     Default: False
         interpolate_pos_encoding (bool, optional): Where it sees nothing more of them, enlarge its own input size
                     (:class:`~captum_intramodal.enlarged.ResizedInputView`).
@@ -72,12 +72,12 @@ def select_views(
     if method not in METHODS:
         raise ValueError(f"method must be one of {', '.join(METHODS)}; got {method!r}.")
     if crops and interpolate_pos_encoding:
-        raise ValueError("crops and interpolate_pos_encoding are two ways to see more of a picture; choose one.")
-    sizes = [picture.size for picture in pictures]
+        raise ValueError("crops and interpolate_pos_encoding are two ways to see more of an image; choose one.")
+    sizes = [image.size for image in images]
     original, see = _see(adapter, sizes, method)
     kept: dict[float, ScaleView] = {}
     dropped: list[float] = []
-    shrinks = _shrinks(inputs, pictures)
+    shrinks = _shrinks(inputs, images)
     crops = crops and isinstance(original, TokenGeometry)
     auto = isinstance(scales, str)
     # Upwards from the original: an enlargement repeats whatever smaller one shows the same.
@@ -89,7 +89,7 @@ def select_views(
         else:
             resized = [(max(1, round(width * scale)), max(1, round(height * scale))) for width, height in sizes]
             sight = original if scale == 1.0 else see(resized)
-        # A reduction to the same tokens shows the picture without its high frequencies, which one may ask for.
+        # A reduction to the same tokens shows the image without its high frequencies, which one may ask for.
         twins = [original, *kept.values()] if scale > 1 else [*kept.values()] if auto else []
         repeats = any(sight.shows_same(twin) for twin in twins)
         if repeats and interpolate_pos_encoding and scale > 1:
@@ -125,7 +125,7 @@ def _see(
             reason = str(error)
         else:
             if not bool(geometry.is_local.any()):
-                reason = f"none of its {len(geometry.kinds)} visual tokens stands for a region of the picture."
+                reason = f"none of its {len(geometry.kinds)} visual tokens stands for a region of the image."
             elif method == "logit_lens" and geometry.argument is not None:
                 reason = (
                     "its visual tokens are no placeholders in its decoder's sequence; "
@@ -153,7 +153,7 @@ def explained_by(method: Method, sight: ScaleView) -> Method:
     return "logit_lens" if geometry.argument is None else "layer_gradient_x_activation"
 
 
-def _shrinks(inputs: Mapping[str, Any], pictures: Sequence[Image.Image]) -> bool:
-    """Whether the processor at least halves the pictures' sides, so that nothing can come of enlarging them."""
+def _shrinks(inputs: Mapping[str, Any], images: Sequence[Image.Image]) -> bool:
+    """Whether the processor at least halves the images' sides, so that nothing can come of enlarging them."""
     elements = sum(v.numel() for v in inputs.values() if isinstance(v, Tensor) and v.is_floating_point())
-    return 4 * elements / 3 < sum(picture.width * picture.height for picture in pictures)
+    return 4 * elements / 3 < sum(image.width * image.height for image in images)

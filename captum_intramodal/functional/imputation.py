@@ -34,51 +34,49 @@ class Imputer:
 
     Args:
 
-        picture (PIL.Image.Image): The original.
+        image (PIL.Image.Image): The original.
         imputation (str or PIL.Image.Image, optional): What stands in the place of removed pixels. ``'blur'``: the
-                    picture blurred with a standard deviation of a tenth of its shorter side (RISE's choice for
-                    insertion). ``'mean'``: its mean colour. ``'noisy_linear'``: :func:`noisy_linear_imputation` of the
-                    kept pixels. Or a picture of the same size.
+                    image blurred with a standard deviation of a tenth of its shorter side (RISE's choice for
+                    insertion). ``'mean'``: its mean color. ``'noisy_linear'``: :func:`noisy_linear_imputation` of the
+                    kept pixels. Or an image of the same size.
                     Default: ``'blur'``
         seed (int, optional): Of the noise.
                     Default: 0
 
     Raises:
-        TypeError: no picture.
-        ValueError: an unknown imputation, or a picture of another size; masks of another shape.
+        TypeError: no image.
+        ValueError: an unknown imputation, or an image of another size; masks of another shape.
 
     Examples::
 
-        >>> (half,) = Imputer(picture, "mean")(np.arange(picture.width) < np.full((1, picture.height, 1), 100))
+        >>> (half,) = Imputer(image, "mean")(np.arange(image.width) < np.full((1, image.height, 1), 100))
     """
 
-    def __init__(self, picture: Image.Image, imputation: Imputation | Image.Image = "blur", seed: int = 0) -> None:
-        if not isinstance(picture, Image.Image):
-            raise TypeError(
-                f"picture must be a PIL image, got {type(picture).__name__}; open a file with PIL.Image.open."
-            )
-        self.picture = picture = picture.convert("RGB")
+    def __init__(self, image: Image.Image, imputation: Imputation | Image.Image = "blur", seed: int = 0) -> None:
+        if not isinstance(image, Image.Image):
+            raise TypeError(f"image must be a PIL image, got {type(image).__name__}; open a file with PIL.Image.open.")
+        self.image = image = image.convert("RGB")
         self.seed = seed
-        self._pixels = np.asarray(picture)
+        self._pixels = np.asarray(image)
         if isinstance(imputation, Image.Image):
-            if imputation.size != picture.size:
-                raise ValueError(f"imputation has size {imputation.size}, the picture {picture.size}.")
+            if imputation.size != image.size:
+                raise ValueError(f"imputation has size {imputation.size}, the image {image.size}.")
             self._fill: npt.NDArray[np.uint8] | None = np.asarray(imputation.convert("RGB"))
         elif imputation == "blur":
-            self._fill = np.asarray(picture.filter(ImageFilter.GaussianBlur(min(picture.size) / 10)))
+            self._fill = np.asarray(image.filter(ImageFilter.GaussianBlur(min(image.size) / 10)))
         elif imputation == "mean":
             mean = np.rint(self._pixels.mean((0, 1))).astype(np.uint8)
             self._fill = np.broadcast_to(mean, self._pixels.shape)
         elif imputation == "noisy_linear":
             self._fill = None
         else:
-            raise ValueError(f"imputation must be a picture or one of {', '.join(IMPUTATIONS)}; got {imputation!r}.")
+            raise ValueError(f"imputation must be an image or one of {', '.join(IMPUTATIONS)}; got {imputation!r}.")
 
     def __call__(self, kept: Masks) -> list[Image.Image]:
-        """The picture with the pixels outside each mask, bool (N, height, width), imputed."""
+        """The image with the pixels outside each mask, bool (N, height, width), imputed."""
         kept = np.asarray(kept, dtype=bool)
         if kept.ndim != 3 or kept.shape[1:] != self._pixels.shape[:2]:
-            raise ValueError(f"Masks of shape {kept.shape} for pictures of {self._pixels.shape[:2]}.")
+            raise ValueError(f"Masks of shape {kept.shape} for images of {self._pixels.shape[:2]}.")
         if self._fill is None:
             imputed = noisy_linear_imputation(self._pixels, kept, seed=self.seed)
         else:
@@ -86,7 +84,7 @@ class Imputer:
         return [Image.fromarray(pixels) for pixels in imputed]
 
     def nothing_kept(self) -> Image.Image:
-        """The picture with all pixels imputed."""
+        """The image with all pixels imputed."""
         return self(np.zeros((1, *self._pixels.shape[:2]), bool))[0]
 
 
@@ -95,31 +93,31 @@ def noisy_linear_imputation(
 ) -> npt.NDArray[np.uint8]:
     r"""
     Fills removed pixels so that a model can hardly tell where something was removed: each is the weighted mean of its
-    eight neighbours (direct ones 1/6, diagonal ones 1/12), plus Gaussian noise. The equations of all of them are solved
+    eight neighbors (direct ones 1/6, diagonal ones 1/12), plus Gaussian noise. The equations of all of them are solved
     together, by conjugate gradients from coarse to fine; what is left of the error lies below the noise.
 
     Source: Rong et al., "A consistent and efficient evaluation strategy for attribution methods", 2022, section 4.2.
 
     Args:
 
-        pixels (ndarray): The picture, uint8 (height, width, channels).
+        pixels (ndarray): The image, uint8 (height, width, channels).
         kept (ndarray): Which pixels are kept, bool (N, height, width).
         noise (float): Standard deviation of the noise, as a fraction of the range of values. Default: ``0.01``
         seed (int): Of the noise. Default: ``0``
 
     Returns:
         **imputed** (*ndarray*):
-            uint8 (N, height, width, channels); kept pixels as they are. Where none is kept, the mean colour and noise.
+            uint8 (N, height, width, channels); kept pixels as they are. Where none is kept, the mean color and noise.
 
     Raises:
         ValueError: shapes that do not belong together.
 
     Examples::
 
-        >>> picture = np.full((8, 8, 3), 200, np.uint8)
+        >>> image = np.full((8, 8, 3), 200, np.uint8)
         >>> kept = np.ones((1, 8, 8), bool)
         >>> kept[:, 2:5, 2:5] = False
-        >>> bool((noisy_linear_imputation(picture, kept, noise=0.0) == 200).all())
+        >>> bool((noisy_linear_imputation(image, kept, noise=0.0) == 200).all())
         True
     """
     if pixels.ndim != 3 or kept.ndim != 3 or kept.shape[1:] != pixels.shape[:2]:
@@ -135,7 +133,7 @@ def noisy_linear_imputation(
 
 
 def _solve_means(values: Tensor, kept: Tensor, otherwise: Tensor, iterations: int = 10) -> Tensor:
-    """Kept values (N, C, H, W), elsewhere the means of their neighbours; ``otherwise`` if none is kept."""
+    """Kept values (N, C, H, W), elsewhere the means of their neighbors; ``otherwise`` if none is kept."""
     known = kept.to(values)
     if max(values.shape[2:]) == 1:
         return torch.where(kept, values, otherwise)
@@ -149,8 +147,8 @@ def _solve_means(values: Tensor, kept: Tensor, otherwise: Tensor, iterations: in
     degree = conv2d(torch.ones_like(known[:1]), kernel[None, None], padding=1)
 
     def equations(x: Tensor) -> Tensor:
-        neighbours = conv2d(x, kernel.expand(channels, 1, 3, 3), padding=1, groups=channels)
-        return (degree * x - neighbours) * (1 - known)
+        neighbors = conv2d(x, kernel.expand(channels, 1, 3, 3), padding=1, groups=channels)
+        return (degree * x - neighbors) * (1 - known)
 
     def dot(a: Tensor, b: Tensor) -> Tensor:
         return (a * b).sum((2, 3), keepdim=True)

@@ -1,4 +1,4 @@
-r"""Values per visual token, drawn into the frame of the original picture."""
+r"""Values per visual token, drawn into the frame of the original image."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _LARGEST_SIDE = 160
 
 def raster_grid(boxes: Tensor, image_size: tuple[int, int]) -> tuple[int, int]:
     """Rows and columns of a canvas whose cells are half as long as the typical box is: enough for a linear
-    interpolation between token centres, and no finer than the tokens deserve.
+    interpolation between token centers, and no finer than the tokens deserve.
 
     Args:
         boxes (Tensor): float (V, 4), x0, y0, x1, y1 in pixels; rows of NaN are ignored.
@@ -28,7 +28,7 @@ def raster_grid(boxes: Tensor, image_size: tuple[int, int]) -> tuple[int, int]:
     """
     known = boxes[~boxes.isnan().any(1)]
     if len(known) == 0:
-        raise ValueError(f"None of the {len(boxes)} visual tokens stands for a region of the picture; there is no map.")
+        raise ValueError(f"None of the {len(boxes)} visual tokens stands for a region of the image; there is no map.")
     sides = torch.stack([known[:, 2] - known[:, 0], known[:, 3] - known[:, 1]]).median(1).values.clamp_min(1.0)
     columns, rows = (math.ceil(2 * n / side - 0.05) for n, side in zip(image_size, sides.tolist(), strict=True))
     return min(max(rows, 1), _LARGEST_SIDE), min(max(columns, 1), _LARGEST_SIDE)
@@ -42,18 +42,18 @@ def rasterize(
     working_memory: int = WORKING_MEMORY,
 ) -> Tensor:
     r"""
-    Interpolates values at visual tokens linearly over the picture (paper, Eq. 5).
+    Interpolates values at visual tokens linearly over the image (paper, Eq. 5).
 
-    A token's weight falls linearly from its box's centre to zero one box length further, in both directions; weights
-    are normalised at each cell. On a regular raster this is bilinear interpolation; overlapping tiles and a
+    A token's weight falls linearly from its box's center to zero one box length further, in both directions; weights
+    are normalized at each cell. On a regular raster this is bilinear interpolation; overlapping tiles and a
     thumbnail are averaged, each raster with the same weight. Cells outside all boxes, which the model never sees, are
     0.
 
     Args:
 
         values (Tensor): float (T, V).
-        boxes (Tensor): float (V, 4), x0, y0, x1, y1 in pixels of the picture; tokens with a row of NaN are left out.
-        image_size (tuple[int, int]): Width and height of the picture in pixels.
+        boxes (Tensor): float (V, 4), x0, y0, x1, y1 in pixels of the image; tokens with a row of NaN are left out.
+        image_size (tuple[int, int]): Width and height of the image in pixels.
         grid (tuple[int, int]): Rows and columns of the canvas.
         working_memory (int, optional): Bytes that the maps which are drawn at a time may take.
                     Default: 16 MiB
@@ -109,10 +109,10 @@ def _pairs(along_y: Tensor, along_x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _tent(low: Tensor, high: Tensor, length: int, cells: int) -> tuple[Tensor, Tensor]:
-    """Per box and cell along one axis: the linear weight, and whether the cell's centre lies in the box (0 or 1)."""
-    centres = (torch.arange(cells, device=low.device) + 0.5) * (length / cells)
+    """Per box and cell along one axis: the linear weight, and whether the cell's center lies in the box (0 or 1)."""
+    centers = (torch.arange(cells, device=low.device) + 0.5) * (length / cells)
     side = (high - low).clamp_min(1e-6)[:, None]
-    distance = (centres - ((low + high) / 2)[:, None]).abs()
+    distance = (centers - ((low + high) / 2)[:, None]).abs()
     inside = (distance <= side / 2 + 0.5).float()
     # At the rim only half a tent reaches a cell; a floor keeps the ratio of weights there finite.
     return (1 - distance / side).clamp_min(0) + 1e-6 * inside, inside

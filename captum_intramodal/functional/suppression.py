@@ -54,7 +54,7 @@ class ContextRelevance:
     context: Tensor
 
     def weights(self, weighting: Weighting) -> Tensor:
-        """Weights of the context in the interference, float32 (T, T), zero outside the context; rows not normalised."""
+        """Weights of the context in the interference, float32 (T, T), zero outside the context; rows not normalized."""
         if weighting not in WEIGHTINGS:
             raise ValueError(f"weighting must be one of {WEIGHTINGS}, got {weighting!r}.")
         factors = {

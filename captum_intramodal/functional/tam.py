@@ -242,6 +242,6 @@ def _filter_padded(padded: Tensor, size: int) -> Tensor:
     # Dividing by the mean before squaring keeps very small maps from underflowing.
     variance = ((values - mean) / mean.clamp_min(tiny)).square().mean(-1, keepdim=True)
     distance = torch.arange(size**2, dtype=values.dtype, device=values.device) - size**2 // 2
-    # At variance 0 the exponent is 0 at the centre and -inf elsewhere: the centre alone has a weight.
+    # At variance 0 the exponent is 0 at the center and -inf elsewhere: the center alone has a weight.
     weights = torch.exp(-distance.square() / (2 * variance.clamp_min(tiny)))
     return (weights * values).sum(-1) / weights.sum(-1)

@@ -13,11 +13,11 @@ from captum_intramodal.geometry.pixel_map import PixelMap, Size
 
 __all__ = []
 
-# Edges are found to this many pixels of the original picture.
+# Edges are found to this many pixels of the original image.
 PRECISION = 0.5
 
 
-# A token that spans this fraction of what its picture's tokens see, in both directions, may be a global one.
+# A token that spans this fraction of what its image's tokens see, in both directions, may be a global one.
 GLOBAL_SPAN = 0.95
 
 
@@ -36,7 +36,7 @@ def _edges(
     A bisection of all edges at once. At every level the axis is cut into cells, and the first and the last cell that a
     token sees are known. Changing the elements in the left half of a token's first cell tells in which half it begins,
     as long as no other changed cell lies inside the token's span; so one forward pass serves all tokens with disjoint
-    spans, and neighbours take turns. Where all elements of a cell lie in the same half, no pass is needed. The number
+    spans, and neighbors take turns. Where all elements of a cell lie in the same half, no pass is needed. The number
     of passes thus grows with the logarithm of the resolution, not with the number of tokens in a row.
 
     Args:
@@ -139,7 +139,7 @@ def share_all_pixels(sweep: PerturbationSweep, pixels: Mapping[str, PixelMap], s
 
 
 def span_whole_image(boxes: Tensor, seen: Tensor, image_index: Tensor, n_images: int) -> Tensor:
-    """Which tokens span nearly all that is seen of their picture, in both directions."""
+    """Which tokens span nearly all that is seen of their image, in both directions."""
     covered = torch.full((n_images, 2), math.nan)
     for i in range(n_images):
         if bool((mine := boxes[seen & (image_index == i)]).numel()):

@@ -33,7 +33,7 @@ def _settings(value: Any) -> Any:
 
 
 def geometry_key(model: PreTrainedModel, processor: Any, image_sizes: Sequence[Size], video: bool = False) -> Hashable:
-    r"""What a measured geometry depends on: the processor's settings, the picture sizes, the vision configuration.
+    r"""What a measured geometry depends on: the processor's settings, the image sizes, the vision configuration.
 
     Settings given to the processor at call time are not part of it; change the processor's own instead.
 
@@ -41,7 +41,7 @@ def geometry_key(model: PreTrainedModel, processor: Any, image_sizes: Sequence[S
 
         model (PreTrainedModel): The model; its config without the language model's part counts.
         processor: The model's processor; its settings and those of its image processor count.
-        image_sizes (Sequence[tuple[int, int]]): (width, height) of each picture.
+        image_sizes (Sequence[tuple[int, int]]): (width, height) of each image.
         video (bool, optional): Whether they are the frames of a video.
                     Default: False
 
@@ -65,15 +65,15 @@ def geometry_key(model: PreTrainedModel, processor: Any, image_sizes: Sequence[S
 def cached_geometry(
     model: PreTrainedModel, processor: Any, prepare: Prepare, image_sizes: Sequence[Size], video: bool = False
 ) -> TokenGeometry:
-    r"""As :func:`measure_geometry`, measured once for every :func:`geometry_key`; the last 128 are kept. A picture's
+    r"""As :func:`measure_geometry`, measured once for every :func:`geometry_key`; the last 128 are kept. An image's
     raster of equal tokens is expected after that of a small one, see :func:`expected_raster`.
 
     Args:
 
         model (PreTrainedModel): The model.
         processor: The processor that ``prepare`` uses.
-        prepare (Callable): From pictures of these sizes to the model's inputs.
-        image_sizes (Sequence[tuple[int, int]]): (width, height) of each picture.
+        prepare (Callable): From images of these sizes to the model's inputs.
+        image_sizes (Sequence[tuple[int, int]]): (width, height) of each image.
         video (bool, optional): Whether they are the frames of a video.
                     Default: False
 
@@ -88,7 +88,7 @@ def cached_geometry(
         if not video and min(map(prod, sizes)) > prod(SAMPLE):
             try:
                 sample = cached_geometry(model, processor, prepare, (SAMPLE,))
-            except ValueError:  # Some pictures are too small for a processor.
+            except ValueError:  # Some images are too small for a processor.
                 pass
             else:
                 expected = expected_raster(model, prepare, sample, sizes)
@@ -102,7 +102,7 @@ def cached_pixels(
 ) -> PixelMaps:
     """As :func:`~captum_intramodal.coordinates.measure_pixels`, measured once for every :func:`geometry_key`.
 
-    Pictures of more than a megapixel that the processor shrinks are measured on smaller ones, as by
+    Images of more than a megapixel that the processor shrinks are measured on smaller ones, as by
     :func:`measure_geometry`.
     """
     sizes = check_sizes(image_sizes)

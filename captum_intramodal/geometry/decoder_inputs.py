@@ -74,10 +74,10 @@ def visual_rows(model: PreTrainedModel, inputs: Mapping[str, Any], argument: str
     """
     ids = inputs.get("input_ids")
     length = 0 if ids is None else int(ids.shape[1])
-    # An encoder of pictures and words has placeholders of its own.
+    # An encoder of images and words has placeholders of its own.
     if argument is None or (model.config.is_encoder_decoder and count == length):
         if ids is None:
-            raise ValueError(f"Nothing that the decoder of {type(model).__name__} reads follows the picture locally.")
+            raise ValueError(f"Nothing that the decoder of {type(model).__name__} reads follows the image locally.")
         return visual_positions(model, ids)
     return torch.arange(count - length if argument == SEQUENCE_ARGUMENT else count)
 

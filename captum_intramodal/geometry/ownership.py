@@ -48,7 +48,7 @@ def _attention_blocks(model: PreTrainedModel) -> list[nn.Module]:
 
 
 def _in_float(linear: DynamicQuantizedLinear, hidden: Tensor) -> Tensor:
-    """Dynamic quantisation couples all positions by their common scale; the geometry is that of its float weights."""
+    """Dynamic quantization couples all positions by their common scale; the geometry is that of its float weights."""
     bias = linear.bias()
     return F.linear(hidden, linear.weight().dequantize().to(hidden), None if bias is None else bias.to(hidden))
 
@@ -143,7 +143,7 @@ class PerturbationSweep:
         self.noise = 4 * (same - base).abs().amax(dim=1)
 
     def _find_argument(self) -> tuple[str | None, Tensor, Tensor]:
-        """The argument of the decoder's blocks that a change of the picture moves, None for the sequence with its
+        """The argument of the decoder's blocks that a change of the image moves, None for the sequence with its
         placeholders; and its states in two equal passes."""
         runs = self.inputs, self.inputs, {**self.inputs, **self.changed}
 
@@ -176,7 +176,7 @@ class PerturbationSweep:
 
         Returns:
             By pixel tensor the token's number, flat int64, -1 for elements that feed none; None where elements are
-            shared between tokens, or where no gradient passes (quantised or frozen towers, hard decisions).
+            shared between tokens, or where no gradient passes (quantized or frozen towers, hard decisions).
         """
         owners = {key: torch.full((changed.numel(),), -1) for key, changed in self.changed.items()}
         for seed in range(3):
@@ -265,7 +265,7 @@ def disjoint_cells(cell: Tensor, first: Tensor, last: Tensor) -> list[int]:
 def boxes_by_owner(
     owners: Mapping[str, Tensor], pixels: Mapping[str, PixelMap], n_tokens: int, n_images: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """From the token that each element feeds: pictures x V that see, V that see padding only, and boxes, V x 4."""
+    """From the token that each element feeds: images x V that see, V that see padding only, and boxes, V x 4."""
     per_image = torch.zeros(n_images, n_tokens, dtype=torch.bool)
     fed = torch.zeros(n_tokens, dtype=torch.bool)
     low, high = torch.full((2, n_tokens), math.inf), torch.full((2, n_tokens), -math.inf)

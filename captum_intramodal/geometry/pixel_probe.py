@@ -1,4 +1,4 @@
-r"""Which point of which picture every element of the processor's pixel tensors samples: measured, in any layout."""
+r"""Which point of which image every element of the processor's pixel tensors samples: measured, in any layout."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from captum_intramodal.models.families import NUMBERED_PATCHES
 
 __all__ = ["measure_pixels"]
 
-# Elements that pass on less than this fraction of the picture's contrast count as padding.
+# Elements that pass on less than this fraction of the image's contrast count as padding.
 MIN_GAIN = 0.25
 
 
 def _gray(rows: np.ndarray, columns: np.ndarray) -> Image.Image:
-    """Gray picture with the values (0 to 255) that vary along one of the axes."""
+    """Gray image with the values (0 to 255) that vary along one of the axes."""
     values = np.broadcast_to(rows[:, None] + columns[None, :], (len(rows), len(columns)))
     return Image.fromarray(np.rint(values).clip(0, 255).astype(np.uint8)).convert("RGB")
 
@@ -46,8 +46,8 @@ def _spacing(coordinates: Tensor, length: float) -> Tensor:
 def _numbered_patches(patches: Tensor, sizes: Sequence[Size]) -> PixelMap:
     """Pixel map of patches that begin with their row and column; all elements of a patch have its box."""
     cells = patches[:, :, :2].long()
-    count = cells.amax(dim=1, keepdim=True)  # columns and rows of each picture
-    picture = torch.arange(len(patches))[:, None, None].expand(patches.shape)
+    count = cells.amax(dim=1, keepdim=True)  # columns and rows of each image
+    image = torch.arange(len(patches))[:, None, None].expand(patches.shape)
     unit = torch.tensor([[h, w] for w, h in sizes])[:, None] / count
     lower, upper = (cells - 1) * unit, cells * unit
     gain = (cells[..., :1] > 0).float().expand(patches.shape).clone()
@@ -61,28 +61,28 @@ def _numbered_patches(patches: Tensor, sizes: Sequence[Size]) -> PixelMap:
         lower=spread(lower),
         upper=spread(upper),
         gain=gain.flatten(),
-        image_index=picture.flatten(),
+        image_index=image.flatten(),
         image_sizes=tuple(sizes),
     )
 
 
 def measure_pixels(prepare: Prepare, sizes: Sequence[Size]) -> dict[str, PixelMap]:
     r"""
-    Measures what every element of every float tensor that the processor makes of pictures samples, by running the
+    Measures what every element of every float tensor that the processor makes of images samples, by running the
     processor on synthetic ones: black, white, a ramp and two waves per axis.
 
     Args:
 
-        prepare (Callable): From a list of RGB pictures of the given sizes to the model's inputs.
-        sizes (Sequence[tuple[int, int]]): (width, height) of each picture.
+        prepare (Callable): From a list of RGB images of the given sizes to the model's inputs.
+        sizes (Sequence[tuple[int, int]]): (width, height) of each image.
 
     Returns:
         **maps** (*dict*):
-            By the tensor's name among the inputs; tensors that do not follow the pictures are left out.
+            By the tensor's name among the inputs; tensors that do not follow the images are left out.
 
     Raises:
-        ValueError: no picture; the tensors' shapes depend on what the pictures show, or their values do not follow
-            brightness linearly, as where a processor normalises each picture by its own contrast.
+        ValueError: no image; the tensors' shapes depend on what the images show, or their values do not follow
+            brightness linearly, as where a processor normalizes each image by its own contrast.
 
     Examples::
 
@@ -93,19 +93,19 @@ def measure_pixels(prepare: Prepare, sizes: Sequence[Size]) -> dict[str, PixelMa
     sizes = check_sizes(sizes)
 
     def constant(levels: Sequence[float]) -> dict[str, Tensor]:
-        pictures = [_gray(np.full(h, v), np.zeros(w)) for (w, h), v in zip(sizes, levels, strict=True)]
-        return run(pictures)
+        images = [_gray(np.full(h, v), np.zeros(w)) for (w, h), v in zip(sizes, levels, strict=True)]
+        return run(images)
 
     def pattern(axis: int, profile_of: Callable[[np.ndarray, int], np.ndarray]) -> dict[str, Tensor]:
-        pictures = []
+        images = []
         for size in sizes:
             profile = profile_of(np.arange(size[axis]) + 0.5, size[axis])
             zeros = np.zeros(size[1 - axis])
-            pictures.append(_gray(zeros, profile) if axis == 0 else _gray(profile, zeros))
-        return run(pictures)
+            images.append(_gray(zeros, profile) if axis == 0 else _gray(profile, zeros))
+        return run(images)
 
-    def run(pictures: list[Image.Image]) -> dict[str, Tensor]:
-        inputs = prepare(pictures)
+    def run(images: list[Image.Image]) -> dict[str, Tensor]:
+        inputs = prepare(images)
         return {k: v.float().cpu() for k, v in inputs.items() if isinstance(v, Tensor) and v.is_floating_point()}
 
     black, white = constant([0.0] * len(sizes)), constant([255.0] * len(sizes))
@@ -115,12 +115,12 @@ def measure_pixels(prepare: Prepare, sizes: Sequence[Size]) -> dict[str, PixelMa
         high = white.get(key)
         if high is None or high.shape != low.shape:
             raise ValueError(
-                f"The processor returns {key!r} of shape {tuple(low.shape)} for black pictures and "
+                f"The processor returns {key!r} of shape {tuple(low.shape)} for black images and "
                 f"{None if high is None else tuple(high.shape)} for white ones of the same sizes {list(sizes)}; it "
                 "crops by content, so its tokens have no fixed boxes."
             )
         gain = torch.where((high - low).isfinite(), high - low, 0.0).flatten()
-        # Where a resize mixes picture and padding, 8 bits no longer resolve the picture's share.
+        # Where a resize mixes image and padding, 8 bits no longer resolve the image's share.
         gain = gain.masked_fill(gain.abs() < MIN_GAIN * gain.abs().max(), 0.0)
         if bool((gain != 0).any()):
             gains[key] = gain
@@ -129,14 +129,14 @@ def measure_pixels(prepare: Prepare, sizes: Sequence[Size]) -> dict[str, PixelMa
     if not gains:
         shapes = {key: tuple(value.shape) for key, value in black.items()}
         raise ValueError(
-            f"None of the processor's {len(shapes)} float tensors {shapes} differs between black and white pictures: "
-            "it normalises every picture by its own contrast, or prepare ignores the pictures it is given."
+            f"None of the processor's {len(shapes)} float tensors {shapes} differs between black and white images: "
+            "it normalizes every image by its own contrast, or prepare ignores the images it is given."
         )
 
     def level(results: Mapping[str, Tensor], key: str) -> Tensor:
         result = results.get(key)
         if result is None or result.shape != black[key].shape:
-            raise ValueError(f"The shape of the processor's {key!r} depends on the picture's content; no fixed boxes.")
+            raise ValueError(f"The shape of the processor's {key!r} depends on the image's content; no fixed boxes.")
         return torch.where(gains[key] != 0, (result - black[key]).flatten() / gains[key], 0.0)
 
     owners = {key: torch.zeros(len(gain), dtype=torch.int64) for key, gain in gains.items()}
@@ -162,13 +162,13 @@ def measure_pixels(prepare: Prepare, sizes: Sequence[Size]) -> dict[str, PixelMa
             seen = gain != 0
             if bool(((position < -period / 4) | (position > length + period / 4))[seen].any()):
                 raise ValueError(
-                    f"The processor's {key!r} does not follow the picture's brightness linearly, so the pixels that "
-                    "its elements sample cannot be told; does it normalise every picture by its own contrast?"
+                    f"The processor's {key!r} does not follow the image's brightness linearly, so the pixels that "
+                    "its elements sample cannot be told; does it normalize every image by its own contrast?"
                 )
             half = torch.zeros_like(position)
             half[seen] = _spacing(position[seen], float(lengths.max())) / 2
             lower, upper = position - half, position + half
-            # A resampling filter is cut off at the picture's border, which pulls the outermost elements inwards.
+            # A resampling filter is cut off at the image's border, which pulls the outermost elements inwards.
             slack = half.clamp_min(0.5)
             lower = torch.where(lower < slack, 0.0, lower)
             upper = torch.where(upper > length - slack, length, upper)
@@ -187,7 +187,7 @@ def measure_pixels(prepare: Prepare, sizes: Sequence[Size]) -> dict[str, PixelMa
     }
 
 
-# Pictures of more pixels than this are measured on reduced ones where the processor shrinks them anyway.
+# Images of more pixels than this are measured on reduced ones where the processor shrinks them anyway.
 LARGE = 1 << 20
 
 
@@ -202,7 +202,7 @@ def reduced_sizes(prepare: Prepare, sizes: tuple[Size, ...]) -> tuple[Size, ...]
         return {k: v.shape for k, v in inputs.items() if isinstance(v, Tensor) and v.is_floating_point()}
 
     original = shapes(sizes)
-    if any(key in NUMBERED_PATCHES for key in original):  # As many patches of another picture may lie otherwise.
+    if any(key in NUMBERED_PATCHES for key in original):  # As many patches of another image may lie otherwise.
         return sizes
     # What the model sees, at least: more where the processor repeats pixels (frames, a thumbnail).
     kept = sum(shape.numel() for shape in original.values()) / 3

@@ -21,14 +21,14 @@ from captum_intramodal.models.placeholders import visual_positions
 
 __all__ = ["SAMPLE", "expected_raster"]
 
-# A small picture's tokens tell whether those of larger ones can be expected to form a raster as well; (width, height).
+# A small image's tokens tell whether those of larger ones can be expected to form a raster as well; (width, height).
 SAMPLE: Size = (192, 128)
 
 
 def code_raster_geometry(
     pixels: Mapping[str, PixelMap], sizes: tuple[Size, ...], n_tokens: int, ends: int
 ) -> TokenGeometry:
-    """Geometry of tokens that lie row by row over a pixel tensor (pictures, channels, height, width), whose pictures
+    """Geometry of tokens that lie row by row over a pixel tensor (images, channels, height, width), whose images
     may be padded below and on the right."""
     (map_,) = pixels.values()
     shown = (map_.gain != 0).reshape(map_.shape)[:, 0]
@@ -44,7 +44,7 @@ def code_raster_geometry(
         and sum(rows * (columns + ends) for rows, columns in grids(cell)) == n_tokens
     ]
     if len(shown) != len(sizes) or not cells:
-        raise ValueError(f"{n_tokens} codes are no raster over pictures of (height, width) {extents}.")
+        raise ValueError(f"{n_tokens} codes are no raster over images of (height, width) {extents}.")
     cell = cells[0]
     lower, upper = (e.reshape(2, *map_.shape)[:, :, 0] for e in (map_.lower, map_.upper))
     boxes, image_index = [], []
@@ -60,27 +60,27 @@ def code_raster_geometry(
 
 
 def _raster_shape(size: Size, count: int, aspect: float) -> tuple[int, int]:
-    """Rows and columns of so many cells over a picture, of a width that is about ``aspect`` times their height."""
+    """Rows and columns of so many cells over an image, of a width that is about ``aspect`` times their height."""
     shapes = [(count // columns, columns) for columns in range(1, count + 1) if count % columns == 0]
     return min(shapes, key=lambda shape: abs(math.log(size[0] * shape[0] / (size[1] * shape[1] * aspect))))
 
 
 def _raster_boxes(size: Size, shape: tuple[int, int]) -> Tensor:
-    """Boxes of equal cells that cover a picture, row by row."""
+    """Boxes of equal cells that cover an image, row by row."""
     (width, height), (rows, columns) = size, shape
     row, column = (t.flatten() for t in torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij"))
     corners = torch.stack([column, row, column + 1, row + 1], dim=1)
     return corners * torch.tensor([width / columns, height / rows] * 2)
 
 
-def _change_cells(picture: Image.Image, cells: Tensor) -> Image.Image:
-    """A picture with other values inside some of the cells of a raster, bool (rows, columns); the cells' rims stay."""
+def _change_cells(image: Image.Image, cells: Tensor) -> Image.Image:
+    """An image with other values inside some of the cells of a raster, bool (rows, columns); the cells' rims stay."""
     chosen, inside = cells, []
-    for axis, length in enumerate((picture.height, picture.width)):
+    for axis, length in enumerate((image.height, image.width)):
         place = (torch.arange(length) + 0.5) * (cells.shape[axis] / length)
         chosen = chosen.index_select(axis, place.long())
         inside.append((place.frac() - 0.5).abs() < 0.375)
-    values = np.array(picture)
+    values = np.array(image)
     values[(chosen & inside[0][:, None] & inside[1]).numpy()] += 128
     return Image.fromarray(values)
 
@@ -88,10 +88,10 @@ def _change_cells(picture: Image.Image, cells: Tensor) -> Image.Image:
 def expected_raster(
     model: PreTrainedModel, prepare: Prepare, sample: TokenGeometry, image_sizes: Sequence[Size]
 ) -> TokenGeometry | None:
-    r"""What :func:`measure_geometry` would find where a model puts a raster of equal tokens over pictures of any size,
+    r"""What :func:`measure_geometry` would find where a model puts a raster of equal tokens over images of any size,
     in a tenth of the time.
 
-    If the tokens of a small picture are such a raster, the number of tokens tells the raster of another picture. A
+    If the tokens of a small image are such a raster, the number of tokens tells the raster of another image. A
     trial confirms it: noise changes inside the boxes of a random half of the tokens, then of the others, and exactly
     these tokens must react where the decoder reads them. The changes leave out an eighth of each box on every side, for
     the processor's resampling; so boxes are right to about that.
@@ -99,8 +99,8 @@ def expected_raster(
     Args:
         model (PreTrainedModel): See :func:`measure_geometry`.
         prepare (Callable): See there.
-        sample (TokenGeometry): Measured on one small picture.
-        image_sizes (Sequence[tuple[int, int]]): (width, height) of each picture of the prompt, in order.
+        sample (TokenGeometry): Measured on one small image.
+        image_sizes (Sequence[tuple[int, int]]): (width, height) of each image of the prompt, in order.
 
     Returns:
         **geometry** (*TokenGeometry or None*):
@@ -112,9 +112,9 @@ def expected_raster(
     if sample.argument is not None or min(shape) < 2 or not bool(((sample.boxes - raster).abs() < 1).all()):
         return None
     generator = torch.Generator().manual_seed(0)
-    pictures = [noise_image(size, generator) for size in sizes]
+    images = [noise_image(size, generator) for size in sizes]
     with evaluation_mode(model):
-        inputs = model_inputs(model, prepare(pictures))
+        inputs = model_inputs(model, prepare(images))
         positions = visual_positions(model, inputs["input_ids"])
         starts = [0, *((positions.diff() > 1).nonzero().flatten() + 1).tolist()] if len(sizes) > 1 else [0]
         counts = [b - a for a, b in zip(starts, [*starts[1:], len(positions)], strict=True)]
@@ -122,12 +122,12 @@ def expected_raster(
             return None
         width, height = raster[0, 2:].tolist()
         shapes = [_raster_shape(size, n, width / height) for size, n in zip(sizes, counts, strict=True)]
-        # What attention is does not depend on the picture's size.
+        # What attention is does not depend on the image's size.
         with bypassed_attention(model, model_inputs(model, prepare([noise_image(SAMPLE, generator)]))):
             base, same = (layer0_input(model, inputs)[positions].float() for _ in range(2))
             half = torch.rand(len(positions), generator=generator) < 0.5
             for group in (half, ~half):
-                parts = zip(pictures, group.split(counts), shapes, strict=True)
+                parts = zip(images, group.split(counts), shapes, strict=True)
                 changed = model_inputs(model, prepare([_change_cells(p, g.reshape(s)) for p, g, s in parts]))
                 if not torch.equal(changed["input_ids"], inputs["input_ids"]):
                     return None

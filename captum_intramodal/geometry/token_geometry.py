@@ -15,21 +15,21 @@ __all__ = ["TokenGeometry"]
 
 @dataclass(frozen=True)
 class TokenGeometry:
-    r"""Where the visual tokens of one model input lie in the original pictures.
+    r"""Where the visual tokens of one model input lie in the original images.
 
     V is the number of visual tokens; every attribute lists them as they stand where the decoder reads them.
 
     Attributes:
-        boxes (Tensor): x0, y0, x1, y1 in pixels of the original picture; a row of NaN where the token has no box.
+        boxes (Tensor): x0, y0, x1, y1 in pixels of the original image; a row of NaN where the token has no box.
             float32, shape: V x 4.
-        kinds (tuple of str): ``'local'``: sees the part of the picture in its box, which may be all of it (a thumbnail
-            of one token). ``'global'``: sees the picture as a whole, through pixels it shares with other tokens or
+        kinds (tuple of str): ``'local'``: sees the part of the image in its box, which may be all of it (a thumbnail
+            of one token). ``'global'``: sees the image as a whole, through pixels it shares with other tokens or
             through attention only. ``'padding'``: sees only what the processor padded. ``'separator'``: sees nothing.
-        image_index (Tensor): the picture each token belongs to; tokens that see none belong to the picture of the
+        image_index (Tensor): the image each token belongs to; tokens that see none belong to the image of the
             nearest token that does. int64, shape: V.
-        image_sizes (tuple): (width, height) of every picture in pixels.
+        image_sizes (tuple): (width, height) of every image in pixels.
         last_image_index (Tensor, optional): where the model merges successive frames of a video, the last one that each
-            token sees; ``image_index`` is the first. int64, shape: V. None: each token sees one picture. :attr:`frames`
+            token sees; ``image_index`` is the first. int64, shape: V. None: each token sees one image. :attr:`frames`
             has both.
         argument (str, optional): where the tokens are not placeholders in the decoder's sequence, the argument of its
             blocks that holds their states, such as ``'encoder_hidden_states'``; ``'hidden_states'`` where they stand
@@ -55,7 +55,7 @@ class TokenGeometry:
 
     @property
     def frames(self) -> Tensor:
-        """First and last picture, in a video the first and last frame, that each token belongs to; int64, shape: V x 2.
+        """First and last image, in a video the first and last frame, that each token belongs to; int64, shape: V x 2.
 
         They differ where the model merges successive frames, as the Qwen-VL and GLM-V types do with every two.
         """
@@ -63,7 +63,7 @@ class TokenGeometry:
         return torch.stack([self.image_index, last], dim=1)
 
     def sees(self, image: int) -> Tensor:
-        """Boolean, shape: V; true where the token belongs to a picture, or to a frame of the video."""
+        """Boolean, shape: V; true where the token belongs to an image, or to a frame of the video."""
         first, last = self.frames.unbind(1)
         return (first <= image) & (image <= last)
 
@@ -82,18 +82,18 @@ class TokenGeometry:
         return width, height
 
     def coverage(self, image: int = 0) -> tuple[float, float, float, float]:
-        r"""The rectangle of a picture that its tokens see; what lies outside (a centre crop's margins) no token sees.
+        r"""The rectangle of an image that its tokens see; what lies outside (a center crop's margins) no token sees.
 
         Args:
-            image (int): Index of the picture.
+            image (int): Index of the image.
                         Default: 0
 
         Returns:
             **rectangle** (*tuple of float*):
-                x0, y0, x1, y1 in pixels; all NaN if no local token belongs to the picture.
+                x0, y0, x1, y1 in pixels; all NaN if no local token belongs to the image.
         """
         if not 0 <= image < len(self.image_sizes):
-            raise ValueError(f"There is no picture {image}; the geometry has {len(self.image_sizes)}.")
+            raise ValueError(f"There is no image {image}; the geometry has {len(self.image_sizes)}.")
         boxes = self.boxes[self.is_local & self.sees(image)]
         if len(boxes) == 0:
             return (math.nan,) * 4
@@ -103,14 +103,14 @@ class TokenGeometry:
 
     def shows_same(self, other: object) -> bool:
         r"""
-        Whether two sizes of the same pictures give the model the same tokens.
+        Whether two sizes of the same images give the model the same tokens.
 
         Args:
-            other (object): A geometry of the pictures at another size; anything else is not the same.
+            other (object): A geometry of the images at another size; anything else is not the same.
 
         Returns:
             **same** (*bool*):
-                As many tokens, with boxes equal to 2 % of the picture.
+                As many tokens, with boxes equal to 2 % of the image.
         """
         if not isinstance(other, TokenGeometry) or len(self.boxes) != len(other.boxes):
             return False

@@ -1,4 +1,4 @@
-r"""Localisation metrics of explanation maps.
+r"""Localization metrics of explanation maps.
 
 Obj-IoU, Func-IoU and F1-IoU follow the evaluation of Token Activation Map (Li et al., ICCV 2025), corrected in two
 points: a map is scored as it is, without rescaling it together with the scores of the text tokens, and the map scored
@@ -45,7 +45,7 @@ def otsu_threshold(values: Array | Sequence[float]) -> float:
     r"""Otsu's threshold: the split into two classes with the largest between-class variance.
 
     Candidates are the 255 inner edges of 256 equal bins from the smallest to the largest value; for each the variance
-    :math:`w_0 w_1 (\mu_0 - \mu_1)^2` is that of the values themselves, not of bin centres. Of equal candidates, as in
+    :math:`w_0 w_1 (\mu_0 - \mu_1)^2` is that of the values themselves, not of bin centers. Of equal candidates, as in
     the gap between two clusters, the lowest is taken. Source: Otsu, "A threshold selection method from gray-level
     histograms", 1979.
 
@@ -56,7 +56,7 @@ def otsu_threshold(values: Array | Sequence[float]) -> float:
     Returns:
         **threshold** (*float*):
             The largest value of the lower class, so that ``values > threshold`` is exactly the upper class, and on
-            256 grey levels the usual integer threshold. For a constant map the constant: nothing is above it.
+            256 gray levels the usual integer threshold. For a constant map the constant: nothing is above it.
 
     Examples::
 
@@ -115,7 +115,7 @@ def object_iou(map: Array, mask: Array) -> float:
     Args:
 
         map (Tensor or ndarray): Map of a token on its own grid. Shape: h x w, any real dtype. Resized bilinearly
-                    (pixel centres, no antialiasing) if the mask has another shape.
+                    (pixel centers, no antialiasing) if the mask has another shape.
         mask (Tensor or ndarray): Mask of the object. Shape: H x W, boolean, or integer with all but 0 inside; not
                     empty.
 

@@ -42,13 +42,13 @@ def randomization_check(
     Source: the cascading model parameter randomization test of Adebayo et al., "Sanity checks for saliency maps", 2018.
     There weights are drawn anew as before training. Here, where any model and any type of number may come, each
     parameter keeps its values in a random order: what was learnt is gone, the scale of the activations is not, and
-    quantised weights stay valid. A parameter of equal values, such as an untrained norm's, stays as it is. In the end,
+    quantized weights stay valid. A parameter of equal values, such as an untrained norm's, stays as it is. In the end,
     also after an exception, every weight is what it was, bit for bit; gradients and random states are not touched.
 
     A head that shares its weights with the embeddings takes them along. Residual connections carry features past layers
     without weights: maps of a logit lens can keep their form until the head or the vision tower has lost its own.
 
-    Correlations near 0 are what a map of what the model learnt must reach. One that stays near 1 shows the picture, or
+    Correlations near 0 are what a map of what the model learnt must reach. One that stays near 1 shows the image, or
     the shape of the network. A map that becomes constant has lost its order: both correlations are 0.
 
     Args:
@@ -59,8 +59,8 @@ def randomization_check(
         layers (Sequence[torch.nn.Module], optional): Modules of the model in the order in which they lose their
                     weights.
                     Default: ``None``, of a transformers model its head, the decoder's parts from the last layer to
-                    the embeddings, and what reads the pictures, such as the vision tower, each as a whole (not the few
-                    parameters that stand alone, as that of a newline in a picture); of another model all modules with
+                    the embeddings, and what reads the images, such as the vision tower, each as a whole (not the few
+                    parameters that stand alone, as that of a newline in an image); of another model all modules with
                     parameters of their own, from the last to the first.
         seed (int): Of the random orders. Default: ``0``
 
@@ -122,7 +122,7 @@ def _layers_from_the_top(model: Any) -> list[nn.Module]:
         return [part for child in module.children() for part in parts(child)]
 
     downwards = parts(model)[::-1]
-    # Not every model lists what reads its pictures before its decoder.
+    # Not every model lists what reads its images before its decoder.
     return sorted(downwards, key=lambda part: 0 if head in part.modules() else 1 if part in decoder else 2)
 
 

@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from captum_intramodal.adapter.answer_scorer import AnswerScorer, Pictures
+from captum_intramodal.adapter.answer_scorer import AnswerScorer, Images
 from captum_intramodal.functional.imputation import Imputation, Imputer, Masks
 from captum_intramodal.metrics.statistics import Array, Floats, finite
 
@@ -25,14 +25,14 @@ __all__ = ["ImageRemoval", "TokenRemoval", "importance_at_pixels"]
 
 class ImageRemoval:
     r"""
-    Score of a picture of which some pixels are removed: from masks of the kept pixels to scores, as the curves need it.
+    Score of an image of which some pixels are removed: from masks of the kept pixels to scores, as the curves need it.
 
     Args:
 
-        score (Callable): From a list of N pictures to N scores, such as
-                    ``lambda pictures: scorer.of_pictures(pictures)[:, token].exp()`` with an
+        score (Callable): From a list of N images to N scores, such as
+                    ``lambda images: scorer.of_images(images)[:, token].exp()`` with an
                     :class:`~captum_intramodal.scoring.AnswerScorer`.
-        picture (PIL.Image.Image): The original, RGB.
+        image (PIL.Image.Image): The original, RGB.
         imputation (str or PIL.Image.Image, optional): What stands in the place of removed pixels, as :class:`Imputer`
                     takes it.
                     Default: ``'blur'``
@@ -40,11 +40,11 @@ class ImageRemoval:
                     Default: 0
 
     Raises:
-        ValueError: an unknown imputation, or a picture of another size.
+        ValueError: an unknown imputation, or an image of another size.
 
     Examples::
 
-        >>> removal = ImageRemoval(score, picture)
+        >>> removal = ImageRemoval(score, image)
         >>> curve = deletion_curve(removal, removal.importance(heatmap))
         >>> deletion = area_under_curve(curve)
     """
@@ -52,23 +52,23 @@ class ImageRemoval:
     def __init__(
         self,
         score: Callable[[list[Image.Image]], Array],
-        picture: Image.Image,
+        image: Image.Image,
         imputation: Imputation | Image.Image = "blur",
         seed: int = 0,
     ) -> None:
         self.score = score
-        self.pictures = Imputer(picture, imputation, seed)
+        self.images = Imputer(image, imputation, seed)
 
     def importance(self, map: Array) -> Floats:
-        """A map (rows, columns) of any grid, bilinearly at the picture's pixels: float64 (height, width)."""
-        return importance_at_pixels(map, self.pictures.picture.size)
+        """A map (rows, columns) of any grid, bilinearly at the image's pixels: float64 (height, width)."""
+        return importance_at_pixels(map, self.images.image.size)
 
     def __call__(self, kept: Masks) -> Array:
-        return self.score(self.pictures(kept))
+        return self.score(self.images(kept))
 
 
 def importance_at_pixels(map: Array, size: tuple[int, int]) -> Floats:
-    """A map (rows, columns) of any grid, bilinearly at the pixels of a picture of this size (width, height): float64
+    """A map (rows, columns) of any grid, bilinearly at the pixels of an image of this size (width, height): float64
     (height, width)."""
     values = torch.from_numpy(finite(map, "map").copy())
     if values.ndim != 2:
@@ -80,12 +80,12 @@ def importance_at_pixels(map: Array, size: tuple[int, int]) -> Floats:
 class TokenRemoval:
     r"""
     Probability of an answer when some tokens before it are removed: from masks of the kept tokens to scores, as the
-    curves need it. It asks of a text map what :class:`ImageRemoval` asks of a picture's.
+    curves need it. It asks of a text map what :class:`ImageRemoval` asks of an image's.
 
     Args:
 
         scorer (AnswerScorer): Of the question and the answer.
-        pictures (PIL.Image.Image or Sequence[PIL.Image.Image]): The prompt's picture or pictures, which stay.
+        images (PIL.Image.Image or Sequence[PIL.Image.Image]): The prompt's image or images, which stay.
         positions (Tensor or Sequence[int]): Positions of T tokens of the prompt or the answer, int64 (T,), counted as
                     :meth:`AnswerScorer.log_probability <captum_intramodal.scoring.AnswerScorer.log_probability>` does.
         token (int or Sequence[int], optional): The answer's token whose probability is the score, from 0; a negative
@@ -100,20 +100,20 @@ class TokenRemoval:
 
     Examples::
 
-        >>> removal = TokenRemoval(scorer, picture, positions, token=1)
+        >>> removal = TokenRemoval(scorer, image, positions, token=1)
         >>> deletion = area_under_curve(deletion_curve(removal, relevance))     # relevance of the T tokens, float (T,)
     """
 
     def __init__(
         self,
         scorer: AnswerScorer,
-        pictures: Pictures,
+        images: Images,
         positions: Tensor | Sequence[int],
         token: int | Sequence[int] | None = None,
         baseline: int | None = None,
     ) -> None:
         self.scorer = scorer
-        self.pictures = pictures
+        self.images = images
         self.positions = torch.as_tensor(positions).cpu()
         count = len(scorer.answer_ids)
         self.tokens = list(range(count)) if token is None else [token] if isinstance(token, int) else list(token)
@@ -127,5 +127,5 @@ class TokenRemoval:
 
     def __call__(self, kept: Masks) -> Tensor:
         removed = torch.from_numpy(~np.asarray(kept, dtype=np.bool_))
-        scores = self.scorer.without_tokens(self.pictures, self.positions, removed, self.baseline)
+        scores = self.scorer.without_tokens(self.images, self.positions, removed, self.baseline)
         return scores[:, self.tokens].sum(1).exp()

@@ -42,7 +42,7 @@ def bootstrap_interval(
 ) -> Interval:
     r"""Percentile bootstrap interval of a statistic over samples.
 
-    Samples, pictures and not words, are drawn with replacement, with all their columns. Source: Efron, "Bootstrap
+    Samples, images and not words, are drawn with replacement, with all their columns. Source: Efron, "Bootstrap
     methods: another look at the jackknife", 1979.
 
     Args:

@@ -3,7 +3,7 @@ r"""Obj-IoU and Func-IoU exactly as Token Activation Map (Li et al., ICCV 2025) 
 For figures that stand beside published ones. For anything else take :func:`~captum_intramodal.metrics.object_iou` and
 :func:`~captum_intramodal.metrics.function_iou`, which leave the quirks out:
 
-- maps have 256 grey levels, are resized with OpenCV's fixed-point arithmetic and cut at its Otsu threshold;
+- maps have 256 gray levels, are resized with OpenCV's fixed-point arithmetic and cut at its Otsu threshold;
 - an answer whose words do not cover all of its maps is left out, silently;
 - of adjacent words of one category the better counts, and also where the category is not in the mask at all: then two
   results of other words are merged;

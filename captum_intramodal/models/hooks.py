@@ -165,7 +165,7 @@ def replaced_embeddings(embeddings: nn.Module, ids: Tensor, positions: Tensor, r
 
         embeddings (Module): The model's input embeddings.
         ids (Tensor): The tokens, int64 (T,). Only calls of the module with these tokens in these places count, so that
-                    the ids of pictures' placeholders may change on the way, and an encoder-decoder's other part, which
+                    the ids of images' placeholders may change on the way, and an encoder-decoder's other part, which
                     shares the module, reads its own.
         positions (Tensor): Their positions, int64 (T,).
         rows (Tensor): What stands there instead, (T, width); gradients pass through.
@@ -227,14 +227,14 @@ def run_layers(
 
 
 def position_tables(model: nn.Module) -> list[nn.Module]:
-    """Modules that embed a picture's patches with a table of positions and can interpolate it for other sizes."""
+    """Modules that embed an image's patches with a table of positions and can interpolate it for other sizes."""
     name = "interpolate_pos_encoding"
     return [m for m in model.modules() if hasattr(m, name) and isinstance(getattr(m, "patch_size", None), int)]
 
 
 @contextmanager
 def interpolated_positions(model: nn.Module) -> Iterator[None]:
-    """Pictures may have another size than the vision tower's own: its position embeddings are interpolated."""
+    """Images may have another size than the vision tower's own: its position embeddings are interpolated."""
 
     def ask(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         return args[:1], {**kwargs, "interpolate_pos_encoding": True}

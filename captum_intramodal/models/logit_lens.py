@@ -203,7 +203,7 @@ class LogitLens:
             part = flat[rows] if normed else self.normalize(flat[rows])
             return self._postprocess(self._product(part, tokens.to(self._weight.device)))
 
-        # A state, and its copies in float32 while it is normalised.
+        # A state, and its copies in float32 while it is normalized.
         size = items_within(self.working_memory, 20 * self.hidden_size)
         parts = list(run_in_chunks(activations, len(flat), size)) or [activations(slice(0))]
         return torch.cat(parts).reshape(*hidden.shape[:-1], len(tokens))

@@ -13,7 +13,7 @@ __all__ = ["image_token_id", "visual_positions"]
 
 
 def image_token_id(model: PreTrainedModel) -> int | None:
-    """Id of the token that the processor repeats for every visual token; None where pictures enter another way."""
+    """Id of the token that the processor repeats for every visual token; None where images enter another way."""
     return _config_id(model, IMAGE_TOKEN_ATTRIBUTES)
 
 
@@ -55,6 +55,6 @@ def visual_positions(model: PreTrainedModel, input_ids: Tensor) -> Tensor:
     if len(positions) == 0:
         raise ValueError(
             f"No image placeholder (id {token_id}) among the {len(input_ids)} input ids; the prompt needs one for "
-            "every picture, and config and processor must agree on its id."
+            "every image, and config and processor must agree on its id."
         )
     return positions

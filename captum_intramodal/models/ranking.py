@@ -11,7 +11,7 @@ __all__ = [
     "Rankings",
 ]
 
-# Neighbours among a row of logits whose largest is looked at first.
+# Neighbors among a row of logits whose largest is looked at first.
 _PART = 128
 
 

@@ -29,28 +29,28 @@ SHEET_WORDS = 60
 
 
 def draw_overview(explanation: ExplanationLike, path: str | os.PathLike[str], columns: int | None = None) -> None:
-    r"""Draws one sheet: the picture, and the picture with the heatmap of each word of the answer.
+    r"""Draws one sheet: the image, and the image with the heatmap of each word of the answer.
 
-    All heatmaps share one scale, so that the colours of different words can be compared. Words without a letter or
+    All heatmaps share one scale, so that the colors of different words can be compared. Words without a letter or
     digit (punctuation) are left out; of a very long answer the 60 words with the strongest heatmaps are drawn, in
     reading order. The foot of the sheet says how many were left out.
 
     Args:
-        explanation (Explanation): the explanation to draw; it needs at least one picture.
+        explanation (Explanation): the explanation to draw; it needs at least one image.
         path (str or PathLike): the file to write, by its ending any format that matplotlib can write. It is
             replaced in one step.
         columns (int, optional): panels per row.
             Default: as many as give the sheet a landscape shape
 
     Raises:
-        ValueError: where the explanation has no picture.
+        ValueError: where the explanation has no image.
 
     Examples::
 
         >>> draw_overview(explanation, "overview.png")
     """
     if not explanation.images:
-        raise ValueError("the overview needs at least one picture")
+        raise ValueError("the overview needs at least one image")
     maps = explanation.word_maps("answer")
     peaks = word_peaks(maps)
     spoken = [i for i, word in enumerate(explanation.words) if any(map(str.isalnum, word.text))]
@@ -71,19 +71,19 @@ def draw_overview(explanation: ExplanationLike, path: str | os.PathLike[str], co
 
 
 def _panel(images: Sequence[Image.Image], heat: Sequence[np.ndarray] | None, height: int = 300) -> np.ndarray:
-    """The pictures side by side at one height, with their heatmaps (values in [0, 1]) over them; RGB."""
+    """The images side by side at one height, with their heatmaps (values in [0, 1]) over them; RGB."""
     parts: list[np.ndarray] = []
     for number, image in enumerate(images):
         size = max(1, round(image.width * height / image.height)), height
         pixels = np.asarray(image.convert("RGB").resize(size, Image.Resampling.LANCZOS), np.float32)
         if heat is not None:
-            grey = pixels @ np.array([[0.299], [0.587], [0.114]], np.float32)
-            pixels = grey + 0.4 * (pixels - grey)
-            # Pillow's bicubic filter is the page's: values are interpolated before they become colours.
+            gray = pixels @ np.array([[0.299], [0.587], [0.114]], np.float32)
+            pixels = gray + 0.4 * (pixels - gray)
+            # Pillow's bicubic filter is the page's: values are interpolated before they become colors.
             values = np.clip(resize_grid(heat[number], size, Image.Resampling.BICUBIC), 0, 1)
-            colours = color_table()[np.rint(255 * values).astype(np.uint8)].astype(np.float32)
-            alpha = colours[..., 3:] / 255
-            pixels = pixels * (1 - alpha) + colours[..., :3] * alpha
+            colors = color_table()[np.rint(255 * values).astype(np.uint8)].astype(np.float32)
+            alpha = colors[..., 3:] / 255
+            pixels = pixels * (1 - alpha) + colors[..., :3] * alpha
         if number:
             parts.append(np.full((height, height // 30, 3), 255, np.float32))
         parts.append(pixels)
@@ -137,17 +137,17 @@ def _sheet(
     figure = Figure(figsize=(width, height), dpi=150, facecolor="white")
     FigureCanvasAgg(figure)
 
-    def write(x: float, y: float, text: str, size: float, colour: str, weight: str = "normal", **kwargs: Any) -> Any:
+    def write(x: float, y: float, text: str, size: float, color: str, weight: str = "normal", **kwargs: Any) -> Any:
         font = FontProperties(family=fonts(), size=size, weight=weight)
         # A dollar sign in an answer is a dollar sign, not mathematics.
         return figure.text(
-            x / width, 1 - y / height, text, color=colour, fontproperties=font, parse_math=False, **kwargs
+            x / width, 1 - y / height, text, color=color, fontproperties=font, parse_math=False, **kwargs
         )
 
     y = margin
-    for lines, size, colour, step in ((prompt_lines, 10, muted, 0.2), (answer_lines, 12.5, ink, 0.25)):
+    for lines, size, color, step in ((prompt_lines, 10, muted, 0.2), (answer_lines, 12.5, ink, 0.25)):
         for line in lines:
-            write(margin, y, line, size, colour, va="top")
+            write(margin, y, line, size, color, va="top")
             y += step
 
     for number, (pixels, word, probability) in enumerate(panels):

@@ -1,4 +1,4 @@
-r"""An explanation as one self-contained web page, and as one sheet of pictures."""
+r"""An explanation as one self-contained web page, and as one sheet of images."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ __all__ = ["ExplanationLike", "page_template", "render_html"]
 Part = Literal["prompt", "answer"]
 
 
-# Longest side of an embedded picture (pixels) and of an embedded heatmap (cells).
-PICTURE_SIDE = 1600
+# Longest side of an embedded image (pixels) and of an embedded heatmap (cells).
+IMAGE_SIDE = 1600
 
 
 GRID_SIDE = 48
@@ -64,10 +64,10 @@ class ExplanationLike(Protocol):
 def render_html(explanation: ExplanationLike) -> str:
     r"""Renders an explanation as one HTML file that needs no network.
 
-    The page shows, for the word under the pointer or the keyboard focus, its heatmap over the pictures and its
-    relevance over the earlier words. Each heatmap travels as a grid of bytes, not as a picture, so the page stays
+    The page shows, for the word under the pointer or the keyboard focus, its heatmap over the images and its
+    relevance over the earlier words. Each heatmap travels as a grid of bytes, not as an image, so the page stays
     light for long answers. A content security policy admits only the page's own script and style (by their hash)
-    and pictures inside the file.
+    and images inside the file.
 
     Args:
         explanation (Explanation): the explanation to show.
@@ -82,7 +82,7 @@ def render_html(explanation: ExplanationLike) -> str:
     n_prompt = len(explanation.prompt_words)
     return page_template("explanation.html.j2").render(
         answer=explanation.answer,
-        pictures=[_embed(image) for image in explanation.images],
+        images=[_embed(image) for image in explanation.images],
         prompt_pieces=list(_pieces(explanation.prompt, explanation.prompt_words, 0)),
         answer_pieces=list(_pieces(explanation.answer, explanation.words, n_prompt)),
         settings=list(_flatten(explanation.settings)),
@@ -118,7 +118,7 @@ def _page_data(explanation: ExplanationLike) -> dict[str, Any]:
     # A word can only lean on earlier ones: row i of the triangle has i entries.
     triangle = np.tril_indices(len(words), -1)
     return {
-        "colours": base64.b64encode(color_table().tobytes()).decode(),
+        "colors": base64.b64encode(color_table().tobytes()).decode(),
         "maps": [{"grid": grids.shape[1:], "values": _bytes(grids / divisors)} for grids in maps],
         "peaks": [float(f"{peak:.5g}") for peak in peaks],
         # Top of the shared scale: the answer's strongest word. The prompt's only where the answer has nothing.
@@ -144,7 +144,7 @@ def _shrink(grids: np.ndarray) -> np.ndarray:
 
 def _embed(image: Image.Image) -> dict[str, Any]:
     small = image.convert("RGB")
-    small.thumbnail((PICTURE_SIDE, PICTURE_SIDE), Image.Resampling.LANCZOS)
+    small.thumbnail((IMAGE_SIDE, IMAGE_SIDE), Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
     small.save(buffer, "WEBP", quality=90)
     url = "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode()

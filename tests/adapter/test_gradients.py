@@ -24,7 +24,7 @@ from tests.testing.tiny import tiny
 PROMPT, ANSWER = "describe the picture", "a red dog"
 
 
-def picture(width: int = 160, height: int = 120) -> Image.Image:
+def random_image(width: int = 160, height: int = 120) -> Image.Image:
     coarse = np.random.default_rng(3).integers(0, 256, (5, 7, 3), np.uint8)
     return Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
 
@@ -48,7 +48,7 @@ def test_it_is_captums(
 ) -> None:
     model, processor = build(model_type)
     adapter = ModelAdapter(model, processor)
-    encoding = adapter.encode(adapter.prepare([picture()], PROMPT), adapter.tokenize_answer(ANSWER))
+    encoding = adapter.encode(adapter.prepare([random_image()], PROMPT), adapter.tokenize_answer(ANSWER))
     n = len(encoding.input_ids)
 
     def forward(pixels: Tensor) -> Tensor:
@@ -75,19 +75,19 @@ def test_shuffled_boxes_fail_the_oracle(model_type: str) -> None:
     prepare = lambda images: adapter.prepare(images, PROMPT)  # noqa: E731
     geometry = adapter.geometry([(160, 120)])
     assert geometry.argument is not None
-    assert geometry_oracle(adapter.model, prepare, [picture()], geometry, blocks=16) >= 0.97
+    assert geometry_oracle(adapter.model, prepare, [random_image()], geometry, blocks=16) >= 0.97
     local = geometry.is_local.nonzero().flatten()
     boxes = geometry.boxes.clone()
     boxes[local] = boxes[local.flip(0)]
-    assert geometry_oracle(adapter.model, prepare, [picture()], replace(geometry, boxes=boxes), blocks=16) <= 0.3
+    assert geometry_oracle(adapter.model, prepare, [random_image()], replace(geometry, boxes=boxes), blocks=16) <= 0.3
 
 
 def test_maps_follow_the_attributions() -> None:
     model, processor = build("mllama")
-    result = explain(model, processor, picture(), PROMPT, ANSWER, scales=(1.0,), arc=None)
+    result = explain(model, processor, random_image(), PROMPT, ANSWER, scales=(1.0,), arc=None)
     assert result.settings["method"] == "layer_gradient_x_activation" and result.settings["layer"] is None
     adapter = ModelAdapter(model, processor)
-    encoding = adapter.encode(adapter.prepare([picture()], PROMPT), adapter.tokenize_answer(ANSWER))
+    encoding = adapter.encode(adapter.prepare([random_image()], PROMPT), adapter.tokenize_answer(ANSWER))
     last = torch.tensor([len(encoding.input_ids) - 1])
     (values,) = layer_gradient_x_activation(adapter, encoding, last, "cross_attention_states").clamp_min(0)
     boxes, grid = adapter.geometry([(160, 120)]).boxes, (result.maps[0].shape[1], result.maps[0].shape[2])
@@ -95,25 +95,25 @@ def test_maps_follow_the_attributions() -> None:
     assert result.maps[0][-1].any()
 
 
-def test_scales_and_pictures() -> None:
+def test_scales_and_images() -> None:
     model, processor = build("mllama")
-    larger = explain(model, processor, picture(), PROMPT, ANSWER, scales=(1.0, 2.0))
+    larger = explain(model, processor, random_image(), PROMPT, ANSWER, scales=(1.0, 2.0))
     assert larger.settings["scales"] == [1.0, 2.0]
     sizes = [level["token_size"][0] for level in larger.settings["levels"]]
     assert sizes[1] < 0.75 * sizes[0], "more tiles, smaller tokens"
     model, processor = build("idefics")
-    several = explain(model, processor, [picture(), picture(96, 96)], PROMPT, ANSWER, scales=(1.0,))
+    several = explain(model, processor, [random_image(), random_image(96, 96)], PROMPT, ANSWER, scales=(1.0,))
     assert len(several.maps) == 2 and all(bool(m.any()) for m in several.maps)
 
 
 def test_instead_of_the_lens() -> None:
     model, processor = tiny("llava")
-    adapter, whole = ModelAdapter(model, processor), picture(120, 120)
+    adapter, whole = ModelAdapter(model, processor), random_image(120, 120)
     arguments = (PROMPT, ANSWER)
     by: dict[str, Any] = dict(method="layer_gradient_x_activation")
     result = explain(model, processor, whole, *arguments, scales=(1.0,), **by)
     assert result.settings["method"] == "layer_gradient_x_activation" and result.maps[0].any()
-    # Each cut-out is read as a picture of its own.
+    # Each cut-out is read as an image of its own.
     (cut,) = collect_answer_activations(adapter, [whole], *arguments, (2.0,), crops=True, **by).levels
     for index, (x, y) in enumerate([(0, 0), (60, 0), (0, 60), (60, 60)]):
         (alone,) = collect_answer_activations(
@@ -123,7 +123,7 @@ def test_instead_of_the_lens() -> None:
 
 
 def test_check() -> None:
-    report = check(*build("idefics"), picture(96, 96))
+    report = check(*build("idefics"), random_image(96, 96))
     assert report.passed, str(report)
     assert "in image_hidden_states" in report["geometry"].detail
     assert report["scales"].figures["oracle"] >= 0.97
@@ -131,7 +131,7 @@ def test_check() -> None:
 
 def test_errors() -> None:
     model, processor = build("mllama")
-    arguments: Any = (model, processor, picture(), PROMPT, ANSWER)
+    arguments: Any = (model, processor, random_image(), PROMPT, ANSWER)
     with pytest.raises(ValueError, match="method='layer_gradient_x_activation' explains it"):
         explain(*arguments, method="logit_lens")
     with pytest.raises(ValueError, match="leave layer out"):
@@ -139,20 +139,20 @@ def test_errors() -> None:
     model, processor = tiny("llava")
     by: Any = dict(method="layer_gradient_x_activation", scales=(1.0,))
     with pytest.raises(ValueError, match=r"\[3\] do not exist; the decoder has 3 layers"):
-        explain(model, processor, picture(), PROMPT, ANSWER, layer=3, **by)
+        explain(model, processor, random_image(), PROMPT, ANSWER, layer=3, **by)
     decoder = model.get_decoder()
     decoder.norm.forward = torch.no_grad()(decoder.norm.forward)
     with pytest.raises(ValueError, match="No gradient passes"):
-        explain(model, processor, picture(), PROMPT, ANSWER, **by)
+        explain(model, processor, random_image(), PROMPT, ANSWER, **by)
     assert not any(module._forward_pre_hooks for module in model.modules()) and torch.is_grad_enabled()
 
 
-def test_pictures_stand_where_the_prompt_has_them() -> None:
+def test_images_stand_where_the_prompt_has_them() -> None:
     model, processor = build("idefics")
     adapter = ModelAdapter(model, processor)
-    shown = [picture(96, 96)] * 2
+    shown = [random_image(96, 96)] * 2
     read = processor.tokenizer.decode(adapter.prepare(shown, PROMPT)["input_ids"][0]).split()
     tokens = [token for token in read if token != "<fake_token_around_image>"]
     assert tokens == ["<s>", "user", ":", "<image>", ",", "<image>", ",", *PROMPT.split(), "assistant", ":"]
-    with pytest.raises(ValueError, match="1 places for pictures, but there are 2"):
+    with pytest.raises(ValueError, match="1 places for images, but there are 2"):
         adapter.prepare(shown, [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "what"}]}])

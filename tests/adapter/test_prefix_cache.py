@@ -10,7 +10,7 @@ from captum_intramodal.adapter import prefix_cache
 from captum_intramodal.adapter.prefix_cache import TextPrefix, shares_prefix, visual_states
 from captum_intramodal.models.hooks import hidden_rows, run_layers
 from tests.testing.families import build
-from tests.testing.tiny import picture, tiny
+from tests.testing.tiny import random_image, tiny
 
 LONG = "describe the picture . what is the red cat ? " * 3
 
@@ -20,7 +20,7 @@ LONG = "describe the picture . what is the red cat ? " * 3
 )
 def test_visual_states_do_not_depend_on_what_is_left_out(model_type: str) -> None:
     adapter = ModelAdapter(*build(model_type))
-    inputs = adapter.prepare([picture(160, 120)], "describe the picture . what is the red cat ?")
+    inputs = adapter.prepare([random_image(160, 120)], "describe the picture . what is the red cat ?")
     prefix = adapter.visual_prefix(inputs)
     length, shorter = inputs["input_ids"].shape[1], prefix["input_ids"].shape[1]
     # All tokens of a PaliGemma's prompt see each other.
@@ -36,29 +36,29 @@ def test_visual_states_do_not_depend_on_what_is_left_out(model_type: str) -> Non
 def test_prefixes_of_a_batch_reach_the_last_visual_token_of_all() -> None:
     adapter = ModelAdapter(*tiny("qwen2_vl"))
     inputs = adapter.prepare_batch(
-        [[picture(160, 120)], [picture(96, 64)]], ["what is this ?", "describe the picture . what is it ?"]
+        [[random_image(160, 120)], [random_image(96, 64)]], ["what is this ?", "describe the picture . what is it ?"]
     )
     layer = adapter.lens.layers[-1]
     states = visual_states(adapter, inputs, layer)
     for image, prompt, actual in (
-        (picture(160, 120), "what is this ?", states[0]),
-        (picture(96, 64), "describe the picture . what is it ?", states[1]),
+        (random_image(160, 120), "what is this ?", states[0]),
+        (random_image(96, 64), "describe the picture . what is it ?", states[1]),
     ):
         (expected,) = visual_states(adapter, adapter.prepare([image], prompt), layer)
         torch.testing.assert_close(actual, expected, atol=1e-4, rtol=1e-3)
 
 
-def behind_text(n_pictures: int = 1) -> list[dict[str, Any]]:
-    """A prompt whose pictures come after a text."""
-    return [{"role": "user", "content": [{"type": "text", "text": LONG}, *[{"type": "image"}] * n_pictures]}]
+def behind_text(n_images: int = 1) -> list[dict[str, Any]]:
+    """A prompt whose images come after a text."""
+    return [{"role": "user", "content": [{"type": "text", "text": LONG}, *[{"type": "image"}] * n_images]}]
 
 
 @pytest.mark.parametrize("model_type", ["qwen2_vl", "llava", "idefics3", "internvl", "gemma3", "qwen3_vl"])
-@pytest.mark.parametrize("n_pictures", [1, 2])
-def test_states_behind_a_prefix_that_another_pass_has_read(model_type: str, n_pictures: int) -> None:
+@pytest.mark.parametrize("n_images", [1, 2])
+def test_states_behind_a_prefix_that_another_pass_has_read(model_type: str, n_images: int) -> None:
     adapter = ModelAdapter(*build(model_type))
     first, second = (
-        adapter.prepare([picture(*size)] * n_pictures, behind_text(n_pictures)) for size in ((96, 64), (200, 136))
+        adapter.prepare([random_image(*size)] * n_images, behind_text(n_images)) for size in ((96, 64), (200, 136))
     )
     layer = adapter.lens.layers[-1]
     (plain,) = visual_states(adapter, first, layer)
@@ -84,12 +84,12 @@ def test_states_behind_a_prefix_that_another_pass_has_read(model_type: str, n_pi
     torch.testing.assert_close(shared, expected, atol=1e-5 * scale, rtol=1e-4)
     assert torch.equal(again, shared)
     # The other text must be read itself.
-    other = adapter.prepare([picture(96, 64)] * n_pictures, [{**behind_text(n_pictures)[0], "role": "assistant"}])
+    other = adapter.prepare([random_image(96, 64)] * n_images, [{**behind_text(n_images)[0], "role": "assistant"}])
     assert not prefix.leads(other)
 
 
 @pytest.mark.parametrize("answer", [None, "a red dog"])
-def test_scales_share_a_long_text_before_the_picture(answer: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_scales_share_a_long_text_before_the_image(answer: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     model, processor = tiny("qwen2_vl")
     lengths: list[int] = []
     handle = model.get_decoder().layers[0].register_forward_pre_hook(
@@ -97,19 +97,19 @@ def test_scales_share_a_long_text_before_the_picture(answer: str | None, monkeyp
         with_kwargs=True,
     )  # fmt: skip
     options = dict(scales=(1.0, 1.5, 2.0), max_new_tokens=3)
-    explain(model, processor, picture(), behind_text(), answer, **options)
+    explain(model, processor, random_image(), behind_text(), answer, **options)
     try:
         lengths.clear()
-        apart = explain(model, processor, picture(), behind_text(), answer, **options)
+        apart = explain(model, processor, random_image(), behind_text(), answer, **options)
         read_apart = list(lengths)
         monkeypatch.setattr(prefix_cache, "MIN_TOKENS", 30)
         assert shares_prefix(ModelAdapter(model, processor))
         lengths.clear()
-        together = explain(model, processor, picture(), behind_text(), answer, **options)
+        together = explain(model, processor, random_image(), behind_text(), answer, **options)
     finally:
         handle.remove()
     adapter = ModelAdapter(model, processor)
-    inputs = adapter.prepare([picture()], behind_text())
+    inputs = adapter.prepare([random_image()], behind_text())
     before = len(TextPrefix(adapter, inputs).ids)
     assert lengths[:-2] == read_apart[:-2]
     assert [whole - behind for whole, behind in zip(read_apart[-2:], lengths[-2:], strict=True)] == [before] * 2
@@ -120,14 +120,14 @@ def test_scales_share_a_long_text_before_the_picture(answer: str | None, monkeyp
 def test_a_model_that_generates_without_a_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     model, processor = tiny("qwen2_vl")
     options = dict(scales=(1.0, 1.5), max_new_tokens=4)
-    expected = explain(model, processor, picture(), behind_text(), **options)
+    expected = explain(model, processor, random_image(), behind_text(), **options)
     monkeypatch.setattr(prefix_cache, "MIN_TOKENS", 30)
     model.generation_config.use_cache = False
-    result = explain(model, processor, picture(), behind_text(), **options)
+    result = explain(model, processor, random_image(), behind_text(), **options)
     assert result.answer == expected.answer
     torch.testing.assert_close(result.maps[0], expected.maps[0], atol=1e-5, rtol=1e-4)
 
 
 def test_a_short_prefix_is_read_again() -> None:
     adapter = ModelAdapter(*tiny("qwen2_vl"))
-    assert TextPrefix.of(adapter, adapter.prepare([picture()], behind_text())) is None
+    assert TextPrefix.of(adapter, adapter.prepare([random_image()], behind_text())) is None

@@ -38,8 +38,8 @@ def adapter() -> ModelAdapter:
 
 @pytest.fixture(scope="module")
 def inputs(adapter: ModelAdapter) -> dict[str, Any]:
-    picture = Image.effect_mandelbrot((96, 64), (-2, -1.5, 1, 1.5), 40).convert("RGB")
-    prepared = adapter.prepare([picture], "describe the picture")
+    image = Image.effect_mandelbrot((96, 64), (-2, -1.5, 1, 1.5), 40).convert("RGB")
+    prepared = adapter.prepare([image], "describe the picture")
     answer = adapter.tokenizer("a red dog and a blue cat", add_special_tokens=False)["input_ids"]
     return adapter.encode(prepared, answer).inputs
 
@@ -147,11 +147,11 @@ def answer_targets(forward: PixelForward) -> list[tuple[int, int]]:
 def test_chain_with_integrated_gradients_on_pixels(adapter: ModelAdapter) -> None:
     """(a): maps of a method on pixels that exist already, suppressed afterwards."""
     forward = PixelForward(adapter, "describe the picture", "a red dog")
-    picture = torch.rand(1, 3, 64, 96)
+    image = torch.rand(1, 3, 64, 96)
     method = IntegratedGradients(forward)
-    maps = torch.cat([method.attribute(picture, target=t, n_steps=3) for t in answer_targets(forward)])
+    maps = torch.cat([method.attribute(image, target=t, n_steps=3) for t in answer_targets(forward)])
     arc = ARC(model=adapter.model, weighting="irrelevance", relu_attributions=False)
-    context = arc.context(forward.inputs(picture[0]), forward.positions(picture[0]))
+    context = arc.context(forward.inputs(image[0]), forward.positions(image[0]))
     suppressed = arc.suppress(maps, context)
     assert suppressed.shape == (3, 3, 64, 96)
     expected = suppress_interference(maps, context.weights(arc.weighting), relu_attributions=False)
@@ -162,24 +162,24 @@ def test_chain_with_integrated_gradients_on_pixels(adapter: ModelAdapter) -> Non
 def test_wrapper_around_layer_integrated_gradients(adapter: ModelAdapter) -> None:
     """(b): around a LayerAttribution."""
     forward = PixelForward(adapter, "describe the picture", "a red dog")
-    picture = torch.rand(1, 3, 64, 96)
+    image = torch.rand(1, 3, 64, 96)
     layer = adapter.lens.layers[0]
     method = LayerIntegratedGradients(forward, layer)
     options = dict(n_steps=2, attribute_to_layer_input=True)
     arc = ActivationRankingCorrelation(method, relu_attributions=False)
-    targets, positions = answer_targets(forward), forward.positions(picture[0])
-    every = arc.attribute_all(picture, targets, positions, **options)
+    targets, positions = answer_targets(forward), forward.positions(image[0])
+    every = arc.attribute_all(image, targets, positions, **options)
     maps = torch.cat(
-        [method.attribute(picture, target=t, internal_batch_size=1, **options).sum(-1).detach() for t in targets]
+        [method.attribute(image, target=t, internal_batch_size=1, **options).sum(-1).detach() for t in targets]
     )
     assert every.shape == maps.shape
-    context = arc.context(forward.inputs(picture[0]), positions) if arc.model is not None else None
+    context = arc.context(forward.inputs(image[0]), positions) if arc.model is not None else None
     assert context is not None
     assert torch.allclose(every, arc.suppress(maps, context), atol=1e-6)
-    last = arc.attribute(picture, targets[-1], arc_context=targets[:-1], arc_positions=positions, **options)
+    last = arc.attribute(image, targets[-1], arc_context=targets[:-1], arc_positions=positions, **options)
     assert torch.allclose(last, every[-1:], atol=1e-6)
-    assert torch.allclose(arc.attribute_all(picture, **options), every, atol=1e-6)
-    assert torch.allclose(arc.attribute(picture, targets[1], **options), every[1:2], atol=1e-6)
+    assert torch.allclose(arc.attribute_all(image, **options), every, atol=1e-6)
+    assert torch.allclose(arc.attribute(image, targets[1], **options), every[1:2], atol=1e-6)
 
 
 @pytest.mark.parametrize("model_type", ["qwen2_vl", "llava", "smolvlm"])
@@ -195,61 +195,61 @@ def test_wrapper_around_layer_integrated_gradients(adapter: ModelAdapter) -> Non
 )
 def test_wrapper_around_layer_methods(model_type: str, method: type, options: dict[str, Any]) -> None:
     adapter = ModelAdapter(*tiny(model_type))
-    forward, picture = PixelForward(adapter, "describe the picture", "a red dog"), torch.rand(1, 3, 64, 96)
+    forward, image = PixelForward(adapter, "describe the picture", "a red dog"), torch.rand(1, 3, 64, 96)
     inner = method(forward, adapter.lens.layers[1])
     arc = ARC(inner)
-    maps = torch.cat([attribute_positions(inner, picture, "sum", target=t, **options) for t in answer_targets(forward)])
-    relevance = arc.context(forward.inputs(picture[0]), forward.positions(picture[0]))
-    every = arc.attribute_all(picture, **options)
-    assert every.shape == (3, forward.inputs(picture[0])["input_ids"].shape[1])
+    maps = torch.cat([attribute_positions(inner, image, "sum", target=t, **options) for t in answer_targets(forward)])
+    relevance = arc.context(forward.inputs(image[0]), forward.positions(image[0]))
+    every = arc.attribute_all(image, **options)
+    assert every.shape == (3, forward.inputs(image[0])["input_ids"].shape[1])
     weights = relevance.weights("irrelevance")
     assert torch.allclose(every, literal_suppression(maps, weights, True, 1.0), atol=1e-6)
 
 
 def test_relevance_is_computed_once_for_several_methods(adapter: ModelAdapter, monkeypatch: pytest.MonkeyPatch) -> None:
-    forward, picture = PixelForward(adapter, "describe the picture", "a red dog"), torch.rand(1, 3, 64, 96)
+    forward, image = PixelForward(adapter, "describe the picture", "a red dog"), torch.rand(1, 3, 64, 96)
     layer, targets = adapter.lens.layers[1], answer_targets(forward)
     methods = [ARC(LayerGradientXActivation(forward, layer)), ARC(LayerGradCam(forward, layer), model=adapter.lens)]
-    expected = [arc.attribute_all(picture) for arc in methods]
-    relevance = methods[0].forward_context(picture)
+    expected = [arc.attribute_all(image) for arc in methods]
+    relevance = methods[0].forward_context(image)
     monkeypatch.setattr(ARC, "forward_context", None)
     for arc, maps in zip(methods, expected, strict=True):
-        assert torch.allclose(arc.attribute_all(picture, arc_relevance=relevance), maps, atol=1e-6)
-        assert torch.allclose(arc.attribute(picture, targets[1], arc_relevance=relevance), maps[1:2], atol=1e-6)
+        assert torch.allclose(arc.attribute_all(image, arc_relevance=relevance), maps, atol=1e-6)
+        assert torch.allclose(arc.attribute(image, targets[1], arc_relevance=relevance), maps[1:2], atol=1e-6)
     with pytest.raises(ValueError, match="one of the answer's"):
-        methods[0].attribute(picture, 7)
+        methods[0].attribute(image, 7)
     with pytest.raises(ValueError, match="3 tokens, but there are 2"):
-        methods[0].attribute(picture, targets[1], arc_context=targets[:1], arc_relevance=relevance)
+        methods[0].attribute(image, targets[1], arc_context=targets[:1], arc_relevance=relevance)
 
 
 def test_features_of_hidden_states_are_reduced(adapter: ModelAdapter) -> None:
-    forward, picture = PixelForward(adapter, "describe the picture", "a"), torch.rand(1, 3, 64, 96)
+    forward, image = PixelForward(adapter, "describe the picture", "a"), torch.rand(1, 3, 64, 96)
     method = LayerGradientXActivation(forward, adapter.lens.layers[0])
-    plain = method.attribute(picture, target=(0, forward.answer_ids[0])).detach()
+    plain = method.attribute(image, target=(0, forward.answer_ids[0])).detach()
     for reduce, expected in (("sum", plain.sum(-1)), ("norm", plain.norm(dim=-1)), (None, plain)):
-        actual = ARC(method, relu_attributions=False, reduce=reduce).attribute_all(picture)  # type: ignore[arg-type]
+        actual = ARC(method, relu_attributions=False, reduce=reduce).attribute_all(image)  # type: ignore[arg-type]
         assert torch.allclose(actual, expected, atol=1e-6)
     with pytest.raises(ValueError, match="reduce"):
         ARC(method, reduce="mean")  # type: ignore[arg-type]
 
 
 def test_all_targets_in_one_pass_of_the_logit_lens(adapter: ModelAdapter) -> None:
-    forward, picture = PixelForward(adapter, "describe the picture", "a red dog"), torch.rand(1, 3, 64, 96)
+    forward, image = PixelForward(adapter, "describe the picture", "a red dog"), torch.rand(1, 3, 64, 96)
     method = LayerLogitLens(forward, adapter.lens.layers[-1])
     arc, calls = ARC(method), []
-    relevance = arc.forward_context(picture)
+    relevance = arc.forward_context(image)
     handle = adapter.lens.layers[0].register_forward_hook(lambda *_: calls.append(1))
-    every = arc.attribute_all(picture, arc_relevance=relevance)
+    every = arc.attribute_all(image, arc_relevance=relevance)
     handle.remove()
     assert len(calls) == 1
-    maps = torch.cat([method.attribute(picture, target=target) for target in answer_targets(forward)])
+    maps = torch.cat([method.attribute(image, target=target) for target in answer_targets(forward)])
     assert torch.allclose(every, arc.suppress(maps, relevance), atol=1e-6)
 
 
 def test_a_method_without_target_runs_once_and_warns(adapter: ModelAdapter) -> None:
-    forward, picture = PixelForward(adapter, "describe the picture", "a red dog"), torch.rand(1, 3, 64, 96)
+    forward, image = PixelForward(adapter, "describe the picture", "a red dog"), torch.rand(1, 3, 64, 96)
     with pytest.warns(UserWarning, match="knows no target"):
-        every = ARC(LayerActivation(forward, adapter.lens.layers[0]), reduce="norm").attribute_all(picture)
+        every = ARC(LayerActivation(forward, adapter.lens.layers[0]), reduce="norm").attribute_all(image)
     assert every[0].max() > 0 and torch.allclose(every[1:], torch.zeros(()), atol=1e-3)
 
 
@@ -291,12 +291,12 @@ def test_plain_module_over_ids_and_pixels(dtype: torch.dtype) -> None:
 
 def test_wrapper_around_the_logit_lens(adapter: ModelAdapter) -> None:
     forward = PixelForward(adapter, "describe the picture", "a red dog")
-    picture = torch.rand(1, 3, 64, 96)
+    image = torch.rand(1, 3, 64, 96)
     method = LayerLogitLens(forward, adapter.lens.layers[-1])
     targets = answer_targets(forward)
-    result = ARC(method).attribute_all(picture, targets, forward.positions(picture[0]))
-    assert result.shape == (3, forward.inputs(picture[0])["input_ids"].shape[1])
-    assert torch.allclose(result[0], method.attribute(picture, target=targets[0])[0], atol=1e-6)
+    result = ARC(method).attribute_all(image, targets, forward.positions(image[0]))
+    assert result.shape == (3, forward.inputs(image[0])["input_ids"].shape[1])
+    assert torch.allclose(result[0], method.attribute(image, target=targets[0])[0], atol=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -27,21 +27,21 @@ from tests.testing.tiny import tiny
 
 @cache
 def pixel_forward(model_type: str) -> PixelForward:
-    """One that runs pictures one by one, as where a model does not read stacked inputs."""
+    """One that runs images one by one, as where a model does not read stacked inputs."""
     forward = PixelForward(ModelAdapter(*tiny(model_type)), "describe the picture", "a red dog")
     forward.stacks = False
     return forward
 
 
 class OnePass(nn.Module):
-    """All pictures in one batch: what Captum needs, and what PixelForward's families do not all allow."""
+    """All images in one batch: what Captum needs, and what PixelForward's families do not all allow."""
 
     def __init__(self, forward: PixelForward) -> None:
         super().__init__()
         self.pixels = forward
 
-    def forward(self, pictures: Tensor) -> Tensor:
-        examples = [self.pixels.inputs(picture) for picture in pictures]
+    def forward(self, images: Tensor) -> Tensor:
+        examples = [self.pixels.inputs(image) for image in images]
         batch = {
             key: torch.cat([example[key] for example in examples]) if isinstance(value, Tensor) else value
             for key, value in examples[0].items()
@@ -65,13 +65,13 @@ CASES = [("llava", *case) for case in METHODS] + [(t, *METHODS[i]) for t in ("qw
 
 @pytest.mark.parametrize(("model_type", "method", "options"), CASES, ids=lambda v: getattr(v, "__name__", ""))
 def test_equals_captum_on_one_batch(model_type: str, method: type, options: dict[str, Any]) -> None:
-    forward, picture = pixel_forward(model_type), torch.rand(1, 3, 64, 96)
+    forward, image = pixel_forward(model_type), torch.rand(1, 3, 64, 96)
     layer = forward.adapter.lens.layers[1]
     options = options if method is LayerActivation else options | {"target": (1, forward.answer_ids[1])}
     results = []
     for attribute in (
-        lambda: attribute_positions(method(forward, layer), picture, None, **options),
-        lambda: method(OnePass(forward), layer).attribute(picture, **options),
+        lambda: attribute_positions(method(forward, layer), image, None, **options),
+        lambda: method(OnePass(forward), layer).attribute(image, **options),
     ):
         torch.manual_seed(0)
         np.random.seed(0)
@@ -81,17 +81,17 @@ def test_equals_captum_on_one_batch(model_type: str, method: type, options: dict
 
 
 def test_equals_captum_with_one_step_at_a_time() -> None:
-    forward, picture = pixel_forward("llava"), torch.rand(1, 3, 64, 96)
+    forward, image = pixel_forward("llava"), torch.rand(1, 3, 64, 96)
     method = LayerIntegratedGradients(forward, forward.adapter.lens.layers[1])
     options: dict[str, Any] = {"n_steps": 8, "target": (1, forward.answer_ids[1])}
-    one_at_a_time, delta = method.attribute(picture, internal_batch_size=1, return_convergence_delta=True, **options)
+    one_at_a_time, delta = method.attribute(image, internal_batch_size=1, return_convergence_delta=True, **options)
     assert delta.abs() < 0.02 * one_at_a_time.sum().abs()
-    assert torch.allclose(attribute_positions(method, picture, "sum", **options), one_at_a_time.sum(-1), atol=1e-4)
+    assert torch.allclose(attribute_positions(method, image, "sum", **options), one_at_a_time.sum(-1), atol=1e-4)
 
 
 @pytest.mark.parametrize("model_type", ["llava", "qwen2_vl"])
 def test_grad_cam_equals_its_formula(model_type: str) -> None:
-    forward, picture = pixel_forward(model_type), torch.rand(1, 3, 64, 96)
+    forward, image = pixel_forward(model_type), torch.rand(1, 3, 64, 96)
     layer, target = forward.adapter.lens.layers[-2], forward.answer_ids[2]
     kept: list[Tensor] = []
 
@@ -100,17 +100,17 @@ def test_grad_cam_equals_its_formula(model_type: str) -> None:
         return replace_first_tensor(output, kept[-1])
 
     handle = layer.register_forward_hook(keep)
-    forward(picture)[0, 2, target].backward()
+    forward(image)[0, 2, target].backward()
     handle.remove()
     assert kept[0].grad is not None
     hidden, gradient = kept[0].detach().numpy()[0], kept[0].grad.numpy()[0]
     expected = (hidden * gradient.mean(axis=0)).sum(axis=1)
     method = LayerGradCam(forward, layer)
-    actual = attribute_positions(method, picture, "sum", target=(2, target))
+    actual = attribute_positions(method, image, "sum", target=(2, target))
     assert np.allclose(actual.numpy(), expected[None], atol=1e-6)
-    clipped = attribute_positions(method, picture, "sum", target=(2, target), relu_attributions=True)
+    clipped = attribute_positions(method, image, "sum", target=(2, target), relu_attributions=True)
     assert np.allclose(clipped.numpy(), expected.clip(0)[None], atol=1e-6)
-    features = attribute_positions(method, picture, None, target=(2, target), attr_dim_summation=False)
+    features = attribute_positions(method, image, None, target=(2, target), attr_dim_summation=False)
     assert np.allclose(features.sum(-1).numpy(), expected[None], atol=1e-6)
 
 
@@ -163,21 +163,21 @@ def test_reductions() -> None:
 
 
 def test_noise_tunnel_around_a_layer_method() -> None:
-    forward, picture = pixel_forward("llava"), torch.rand(1, 3, 64, 96)
+    forward, image = pixel_forward("llava"), torch.rand(1, 3, 64, 96)
     method = LayerGradientXActivation(forward, forward.adapter.lens.layers[1])
     options: dict[str, Any] = {"target": (0, forward.answer_ids[0])}
-    quiet = attribute_positions(NoiseTunnel(method), picture, "sum", nt_samples=2, stdevs=0.0, **options)
-    assert torch.allclose(quiet, attribute_positions(method, picture, "sum", **options), atol=1e-5)
+    quiet = attribute_positions(NoiseTunnel(method), image, "sum", nt_samples=2, stdevs=0.0, **options)
+    assert torch.allclose(quiet, attribute_positions(method, image, "sum", **options), atol=1e-5)
 
 
 def test_hooks_are_given_back() -> None:
-    forward, picture = pixel_forward("llava"), torch.rand(2, 3, 64, 96)
-    forward(picture[:1])  # transformers leaves hooks of its own after its first pass
+    forward, image = pixel_forward("llava"), torch.rand(2, 3, 64, 96)
+    forward(image[:1])  # transformers leaves hooks of its own after its first pass
     layer = forward.adapter.lens.layers[1]
     before = len(layer._forward_hooks), len(layer._forward_pre_hooks)
     for target in ((0, 3), (0, 10**6)):
         try:
-            attribute_positions(LayerGradientXActivation(forward, layer), picture, "sum", target=target)
+            attribute_positions(LayerGradientXActivation(forward, layer), image, "sum", target=target)
         except IndexError:
             assert target == (0, 10**6)
     assert (len(layer._forward_hooks), len(layer._forward_pre_hooks)) == before

@@ -1,4 +1,4 @@
-"""Captum's LLM results for pictures and text, against loops that hide one feature at a time by hand."""
+"""Captum's LLM results for images and text, against loops that hide one feature at a time by hand."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ matplotlib.use("Agg")
 PROMPT, ANSWER = "describe the picture", "a red dog"
 
 
-def picture(width: int = 200, height: int = 136, seed: int = 0) -> Image.Image:
+def random_image(width: int = 200, height: int = 136, seed: int = 0) -> Image.Image:
     pixels = np.random.default_rng(seed).integers(0, 255, (height // 8, width // 8, 3), dtype=np.uint8)
     return Image.fromarray(pixels).resize((width, height), Image.Resampling.BICUBIC)
 
@@ -70,7 +70,7 @@ def counted(model: Any) -> Iterator[list[int]]:
 
 
 def painted(image: Image.Image, *boxes: tuple[int, int, int, int]) -> Image.Image:
-    """The picture with boxes (top, bottom, left, right) in its mean colour."""
+    """The image with boxes (top, bottom, left, right) in its mean color."""
     pixels = np.asarray(image).copy()
     mean = np.asarray(image).reshape(-1, 3).mean(0).round()
     for top, bottom, left, right in boxes:
@@ -100,7 +100,7 @@ def log_probabilities(
 
 @pytest.mark.parametrize("family", ["qwen2_vl", "llava", "idefics3"])
 def test_ablation_is_the_loop_by_hand(family: str) -> None:
-    adapter, image = ModelAdapter(*tiny(family)), picture()
+    adapter, image = ModelAdapter(*tiny(family)), random_image()
     inp = ImageTextInput(adapter, image, PROMPT, grid=(2, 2))
     result = MultimodalLLMAttribution(FeatureAblation(adapter.model), adapter).attribute(
         inp, ANSWER, perturbations_per_eval=4
@@ -116,8 +116,8 @@ def test_ablation_is_the_loop_by_hand(family: str) -> None:
     assert bool((result.token_attr.abs() > 1e-4).all())
 
 
-def test_features_of_two_pictures_and_tokens(qwen: ModelAdapter) -> None:
-    images = [picture(), picture(120, 160, seed=1)]
+def test_features_of_two_images_and_tokens(qwen: ModelAdapter) -> None:
+    images = [random_image(), random_image(120, 160, seed=1)]
     halves = torch.zeros(160, 120, dtype=torch.int32)
     halves[:, 50:] = 7  # any numbers will do
     inp = ImageTextInput(
@@ -136,7 +136,7 @@ def test_features_of_two_pictures_and_tokens(qwen: ModelAdapter) -> None:
 
 
 def test_baselines(qwen: ModelAdapter) -> None:
-    image = picture()
+    image = random_image()
     present = torch.tensor([[0.0, 1, 1, 1, 0, 1, 1]])
     white = ImageTextInput(qwen, image, PROMPT, grid=(2, 2), image_baseline=(255, 254, 253), text_baseline="cat")
     (shown,) = white.perturb_images(present)
@@ -151,7 +151,7 @@ def test_baselines(qwen: ModelAdapter) -> None:
 
 
 def combinations_by_hand(adapter: ModelAdapter, image: Image.Image) -> dict[tuple[bool, ...], Tensor]:
-    """Log-probabilities for every combination of left half, right half and the word *picture*."""
+    """Log-probabilities for every combination of left half, right half and the word *image*."""
     table = {}
     for row in itertools.product((False, True), repeat=3):
         boxes = [(0, 136, left, left + 100) for left, present in zip((0, 100), row, strict=False) if not present]
@@ -171,7 +171,7 @@ def shapley_by_hand(table: dict[tuple[bool, ...], Tensor]) -> Tensor:
 
 @pytest.mark.parametrize("perturbations", [1, 3])
 def test_shapley_values_are_those_of_all_combinations(qwen: ModelAdapter, perturbations: int) -> None:
-    image = picture()
+    image = random_image()
     inp = ImageTextInput(qwen, image, "picture", grid=(1, 2))
     assert qwen.batches
     with counted(qwen.model) as sizes:
@@ -186,7 +186,7 @@ def test_shapley_values_are_those_of_all_combinations(qwen: ModelAdapter, pertur
 
 
 def test_shapley_sampling_draws_anew_and_repeats_with_a_seed(qwen: ModelAdapter) -> None:
-    inp = ImageTextInput(qwen, picture(), PROMPT, grid=(1, 3))
+    inp = ImageTextInput(qwen, random_image(), PROMPT, grid=(1, 3))
     sampled = MultimodalLLMAttribution(ShapleyValueSampling(qwen.model), qwen)
     torch.manual_seed(5)
     first, second = (sampled.attribute(inp, ANSWER, n_samples=1, perturbations_per_eval=4) for _ in range(2))
@@ -198,7 +198,7 @@ def test_shapley_sampling_draws_anew_and_repeats_with_a_seed(qwen: ModelAdapter)
     mean = sampled.attribute(inp, ANSWER, num_trials=2, n_samples=1, perturbations_per_eval=4)
     assert torch.allclose(mean.token_attr, (first.token_attr + second.token_attr) / 2, atol=1e-6)
     # Efficiency: the shares of every token sum up to the effect of hiding all.
-    nothing = ImageTextInput(qwen, picture(), PROMPT, grid=(1, 1))
+    nothing = ImageTextInput(qwen, random_image(), PROMPT, grid=(1, 1))
     words = FeatureAblation(qwen.model)
     together = MultimodalLLMAttribution(words, qwen).attribute(
         nothing, ANSWER, feature_mask=torch.zeros(1, 4, dtype=torch.int64)
@@ -209,7 +209,7 @@ def test_shapley_sampling_draws_anew_and_repeats_with_a_seed(qwen: ModelAdapter)
 @pytest.mark.parametrize("method", [KernelShap, Lime])
 def test_surrogates_explain_each_token_from_the_same_samples(qwen: ModelAdapter, method: Any) -> None:
     pytest.importorskip("sklearn")
-    image = picture()
+    image = random_image()
     inp = ImageTextInput(qwen, image, "picture", grid=(1, 2))
     table = combinations_by_hand(qwen, image)
 
@@ -230,7 +230,7 @@ def test_surrogates_explain_each_token_from_the_same_samples(qwen: ModelAdapter,
 
 
 def test_probabilities(qwen: ModelAdapter) -> None:
-    image = picture()
+    image = random_image()
     inp = ImageTextInput(qwen, image, PROMPT, grid=(1, 1), text="none")
     result = MultimodalLLMAttribution(FeatureAblation(qwen.model), qwen, "prob").attribute(inp, ANSWER)
     whole, hidden = (log_probabilities(qwen, [i]) for i in (image, painted(image, (0, 136, 0, 200))))
@@ -239,7 +239,7 @@ def test_probabilities(qwen: ModelAdapter) -> None:
 
 
 def test_batches(llava: ModelAdapter) -> None:
-    inp = ImageTextInput(llava, picture(), PROMPT, grid=(2, 4))
+    inp = ImageTextInput(llava, random_image(), PROMPT, grid=(2, 4))
     ablation = MultimodalLLMAttribution(FeatureAblation(llava.model), llava)
     assert llava.batches
     with counted(llava.model) as alone:
@@ -253,11 +253,11 @@ def test_batches(llava: ModelAdapter) -> None:
 
 
 def test_a_model_that_mixes_its_batch_runs_alone(llava: ModelAdapter, monkeypatch: pytest.MonkeyPatch) -> None:
-    inp = ImageTextInput(llava, picture(), PROMPT, grid=(2, 4))
+    inp = ImageTextInput(llava, random_image(), PROMPT, grid=(2, 4))
     expected = MultimodalLLMAttribution(FeatureAblation(llava.model), llava).attribute(inp, ANSWER)
     forward = llava.model.forward
 
-    def first_picture_only(pixel_values: Tensor, **inputs: Any) -> Any:
+    def first_image_only(pixel_values: Tensor, **inputs: Any) -> Any:
         return forward(pixel_values=pixel_values[:1].expand_as(pixel_values), **inputs)
 
     def no_batches(input_ids: Tensor, **inputs: Any) -> Any:
@@ -265,11 +265,11 @@ def test_a_model_that_mixes_its_batch_runs_alone(llava: ModelAdapter, monkeypatc
             raise RuntimeError("one at a time")
         return forward(input_ids=input_ids, **inputs)
 
-    for broken in (first_picture_only, no_batches):
+    for broken in (first_image_only, no_batches):
         monkeypatch.setattr(llava.model, "forward", broken)
         adapter = ModelAdapter(llava.model, llava.processor)
         assert not adapter.batches
-        inp = ImageTextInput(adapter, picture(), PROMPT, grid=(2, 4))
+        inp = ImageTextInput(adapter, random_image(), PROMPT, grid=(2, 4))
         with counted(llava.model) as sizes:
             ablation = MultimodalLLMAttribution(FeatureAblation(llava.model), adapter)
             result = ablation.attribute(inp, ANSWER, perturbations_per_eval=4)
@@ -278,9 +278,9 @@ def test_a_model_that_mixes_its_batch_runs_alone(llava: ModelAdapter, monkeypatc
         torch.testing.assert_close(result.token_attr, expected.token_attr, atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.skipif(not hasattr(captum.attr, "ImageMaskInput"), reason="Captum 0.8 takes no pictures")
+@pytest.mark.skipif(not hasattr(captum.attr, "ImageMaskInput"), reason="Captum 0.8 takes no images")
 def test_captums_cached_path_loses_the_picture(llava: ModelAdapter) -> None:
-    image = picture()
+    image = random_image()
     halves = (torch.arange(200) // 100).expand(136, 200)
     theirs = captum.attr.ImageMaskInput(
         image, mask=halves, baseline=(0, 0, 0), processor_fn=lambda shown: llava.prepare([shown], PROMPT)
@@ -315,7 +315,7 @@ def test_an_object_matters_most_for_its_word() -> None:
 
 
 def test_borrowed_state_comes_back(qwen: ModelAdapter, monkeypatch: pytest.MonkeyPatch) -> None:
-    inp = ImageTextInput(qwen, picture(), PROMPT, grid=(1, 2))
+    inp = ImageTextInput(qwen, random_image(), PROMPT, grid=(1, 2))
     method = FeatureAblation(qwen.model)
     qwen.model.train()
     try:
@@ -330,7 +330,7 @@ def test_borrowed_state_comes_back(qwen: ModelAdapter, monkeypatch: pytest.Monke
 
 
 def test_errors(qwen: ModelAdapter) -> None:
-    image = picture()
+    image = random_image()
     refused = (IntegratedGradients, Occlusion, FeaturePermutation)
     for method in refused:
         with pytest.raises(TypeError, match="FeatureAblation, ShapleyValueSampling"):
@@ -346,7 +346,7 @@ def test_errors(qwen: ModelAdapter) -> None:
         (lambda: ImageTextInput(qwen, image, PROMPT, segmentations=[torch.zeros(200, 136)]), r"\(136, 200\)"),
         (lambda: ImageTextInput(qwen, image, PROMPT, segmentations=[]), "Segmentations"),
         (lambda: ImageTextInput(qwen, image, PROMPT, segmentations=[torch.zeros(136, 200)]), "float32"),
-        (lambda: ImageTextInput(qwen, image, PROMPT, image_baseline="grey"), "image_baseline"),  # type: ignore[arg-type]
+        (lambda: ImageTextInput(qwen, image, PROMPT, image_baseline="gray"), "image_baseline"),  # type: ignore[arg-type]
         (lambda: ImageTextInput(qwen, image, PROMPT, image_baseline=(0, 0, 256)), "image_baseline"),
         (lambda: ImageTextInput(qwen, image, PROMPT, text="letters"), "text must be"),  # type: ignore[arg-type]
         (lambda: ImageTextInput(qwen, image, PROMPT, text_baseline="a cat"), "are 2"),
@@ -358,7 +358,7 @@ def test_errors(qwen: ModelAdapter) -> None:
 
 @pytest.fixture(scope="module")
 def explanation(qwen: ModelAdapter) -> Explanation:
-    images = [picture(224, 168), picture(112, 112, seed=1)]
+    images = [random_image(224, 168), random_image(112, 112, seed=1)]
     return explain(qwen.model, qwen.processor, images, PROMPT, "a red dog and a cat", scales=(1.0,))
 
 
@@ -370,7 +370,7 @@ def test_an_explanation_as_captums_result(explanation: Explanation) -> None:
     assert result.input_tokens[12:24] == [f"image_1_feature_{i}" for i in range(12)]
     assert result.input_tokens[24:] == [*PROMPT.split(), "a", "red", "dog", "and", "a"]
     assert result.token_attr.shape == (6, 32)
-    # The first picture's map is a grid that 3 x 4 divides.
+    # The first image's map is a grid that 3 x 4 divides.
     maps = explanation.maps[0][3:]
     rows, columns = maps.shape[1] // 3, maps.shape[2] // 4
     for cell in range(12):

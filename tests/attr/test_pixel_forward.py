@@ -25,13 +25,13 @@ from captum_intramodal.models.hooks import evaluation_mode
 from tests.testing.families import FAMILIES, LEFT_OUT, answer_logits, build, prepare
 
 PROMPT, ANSWER = "describe the picture", "a red cat"
-# One of each way to cut a picture: packed patches, one square, tiles with a thumbnail thrice.
+# One of each way to cut an image: packed patches, one square, tiles with a thumbnail thrice.
 SOME = ("qwen2_vl", "llava", "llava_next", "idefics3", "internvl")
 NO_GRADIENT = LEFT_OUT | {
-    "chameleon": "quantises its pictures",
-    "emu3": "quantises its pictures; its image processor takes PIL pictures only",
+    "chameleon": "quantizes its images",
+    "emu3": "quantizes its images; its image processor takes PIL images only",
     "instructblipvideo": "takes videos only",
-    "pp_formulanet": "its processor crops each picture by what it shows, and reads no prompt",
+    "pp_formulanet": "its processor crops each image by what it shows, and reads no prompt",
     "udop": "its processor takes words with boxes from an OCR, not a prompt",
     "video_llava": "its image processor is PIL-backed",
 }
@@ -44,7 +44,7 @@ def adapter_of(model_type: str) -> ModelAdapter:
     return adapters[model_type]
 
 
-def picture(width: int = 96, height: int = 64, seed: int = 3) -> Image.Image:
+def random_image(width: int = 96, height: int = 64, seed: int = 3) -> Image.Image:
     coarse = np.random.default_rng(seed).integers(0, 256, (6, 9, 3), np.uint8)
     return Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
 
@@ -86,7 +86,7 @@ def spread(logits: Tensor) -> float:
 @pytest.mark.parametrize("model_type", SOME)
 def test_logits_are_the_models_own(model_type: str) -> None:
     adapter = adapter_of(model_type)
-    images = [picture(), picture(seed=4)]
+    images = [random_image(), random_image(seed=4)]
     forward = PixelForward(adapter, PROMPT, ANSWER)
     pictures = torch.cat([tensor_of(image) for image in images])
     expected = torch.stack([ordinary(adapter, image) for image in images])
@@ -101,7 +101,7 @@ def test_logits_are_the_models_own(model_type: str) -> None:
 def test_between_whole_levels_the_logits_follow_the_gradient() -> None:
     adapter = adapter_of("llava")
     forward = PixelForward(adapter, PROMPT, ANSWER, "token_logits")
-    x = tensor_of(picture()).requires_grad_()
+    x = tensor_of(random_image()).requires_grad_()
     (gradient,) = torch.autograd.grad(forward(x)[0, 1], x)
     step = gradient.sign() * (0.3 / 255)  # does not reach the next level
     with torch.no_grad():
@@ -111,7 +111,7 @@ def test_between_whole_levels_the_logits_follow_the_gradient() -> None:
 
 def test_outputs() -> None:
     adapter = adapter_of("llava")
-    image, other = picture(), "a green dog"
+    image, other = random_image(), "a green dog"
     x, ids, others = tensor_of(image), ids_of(adapter, ANSWER), ids_of(adapter, other)
     logits = ordinary(adapter, image)
     probable = logits.log_softmax(1)
@@ -141,7 +141,7 @@ def test_ids_travel_with_the_examples() -> None:
     adapter = adapter_of("qwen2_vl")
     answers = ("a red cat", "the blue dog")
     ids = torch.tensor([ids_of(adapter, answer) for answer in answers])
-    x = torch.cat([tensor_of(picture()), tensor_of(picture(seed=4))])
+    x = torch.cat([tensor_of(random_image()), tensor_of(random_image(seed=4))])
     forward = PixelForward(adapter, PROMPT, "yes", "answer_log_prob")
     expected = [sum(log_probs(adapter, image_of(p), a)) for p, a in zip(x, answers, strict=True)]
     assert forward(x, None, ids).tolist() == pytest.approx(expected, abs=1e-4)
@@ -166,7 +166,7 @@ def test_ids_travel_with_the_examples() -> None:
 @pytest.mark.parametrize("model_type", SOME)
 def test_occlusion_is_that_of_the_ordinary_way(model_type: str) -> None:
     adapter = adapter_of(model_type)
-    image = picture()
+    image = random_image()
     forward = PixelForward(adapter, PROMPT, ANSWER, "token_log_probs")
     attribution = Occlusion(forward).attribute(
         tensor_of(image), (3, 32, 48), strides=(3, 32, 48), target=2, perturbations_per_eval=3
@@ -184,13 +184,13 @@ def test_occlusion_is_that_of_the_ordinary_way(model_type: str) -> None:
 @pytest.mark.parametrize("model_type", ["qwen2_vl", "idefics3"])
 def test_superpixels(model_type: str) -> None:
     forward = PixelForward(adapter_of(model_type), PROMPT, ANSWER, "answer_log_prob")
-    x, seen = tensor_of(picture()), []
+    x, seen = tensor_of(random_image()), []
     left = (torch.arange(96) < 40).expand(1, 1, 64, 96)
     options = dict(feature_mask=(~left).long(), baselines=0.5)  # gray, which Idefics3 takes for padding
 
-    def recorded(pictures: Tensor) -> Tensor:
-        seen.append((torch.equal(pictures[..., :40], x[..., :40]), torch.equal(pictures[..., 40:], x[..., 40:])))
-        return forward(pictures)
+    def recorded(images: Tensor) -> Tensor:
+        seen.append((torch.equal(images[..., :40], x[..., :40]), torch.equal(images[..., 40:], x[..., 40:])))
+        return forward(images)
 
     ablated = FeatureAblation(forward).attribute(x, perturbations_per_eval=2, **options)
     shapley = KernelShap(recorded).attribute(x, n_samples=8, **options)
@@ -209,11 +209,11 @@ def test_superpixels(model_type: str) -> None:
 @pytest.mark.parametrize("model_type", SOME)
 def test_noise_tunnel_is_the_mean_over_its_samples(model_type: str) -> None:
     forward = PixelForward(adapter_of(model_type), PROMPT, ANSWER, "token_logits")
-    x, seen = tensor_of(picture()), []
+    x, seen = tensor_of(random_image()), []
 
-    def recorded(pictures: Tensor) -> Tensor:
-        seen.append(pictures.detach().clone())
-        return forward(pictures)
+    def recorded(images: Tensor) -> Tensor:
+        seen.append(images.detach().clone())
+        return forward(images)
 
     tunnel = NoiseTunnel(Saliency(recorded)).attribute(x, nt_samples=3, stdevs=0.05, target=1, abs=False)
     samples = torch.cat(seen)
@@ -228,12 +228,12 @@ def test_noise_tunnel_is_the_mean_over_its_samples(model_type: str) -> None:
 
 def test_gradient_shap_over_several_baselines() -> None:
     forward = PixelForward(adapter_of("qwen2_vl"), PROMPT, ANSWER, "token_logits")
-    x, seen = tensor_of(picture()), []
+    x, seen = tensor_of(random_image()), []
     baselines = torch.cat([torch.zeros_like(x), torch.ones_like(x)])
 
-    def recorded(pictures: Tensor) -> Tensor:
-        seen.append(pictures.detach().clone())
-        return forward(pictures)
+    def recorded(images: Tensor) -> Tensor:
+        seen.append(images.detach().clone())
+        return forward(images)
 
     np.random.seed(0)
     shap = GradientShap(recorded).attribute(x, baselines, n_samples=4, target=1)
@@ -255,7 +255,7 @@ def test_gradient_shap_over_several_baselines() -> None:
 @pytest.mark.parametrize("model_type", ["qwen2_vl", "llava_next"])
 def test_inside_msea(model_type: str) -> None:
     forward = PixelForward(adapter_of(model_type), PROMPT, ANSWER)
-    x = tensor_of(picture())
+    x = tensor_of(random_image())
     target = (1, forward.answer_ids[1])
     inner = IntegratedGradients(forward)
     both = MSEA(inner, scales=(1.0, 1.5)).attribute(x, target=target, n_steps=2)
@@ -285,11 +285,11 @@ def with_word(adapter: ModelAdapter, image: Image.Image, old: str, new: str) -> 
 @pytest.mark.parametrize("model_type", SOME)
 def test_other_embeddings_are_other_words(model_type: str) -> None:
     adapter = adapter_of(model_type)
-    image = picture()
+    image = random_image()
     forward = PixelForward(adapter, PROMPT, ANSWER)
     x = tensor_of(image)
     rows, ids = forward.prompt_embeddings(x[0]), forward.prompt_ids(x[0])
-    assert torch.equal(ids, forward.prompt_ids(tensor_of(picture(300, 200))[0]))
+    assert torch.equal(ids, forward.prompt_ids(tensor_of(random_image(300, 200))[0]))
     assert torch.equal(ids, forward.inputs(x[0])["input_ids"][0, forward.prompt_positions(x[0])])
     words = adapter.tokenizer.convert_ids_to_tokens(ids)
     assert words.index("describe") + 2 == words.index("picture") and "image" not in " ".join(words).replace("_pad", "")
@@ -302,10 +302,10 @@ def test_other_embeddings_are_other_words(model_type: str) -> None:
     assert len(adapter.model.get_input_embeddings()._forward_hooks) == 0
 
 
-def test_picture_and_prompt_together() -> None:
+def test_image_and_prompt_together() -> None:
     adapter = adapter_of("qwen2_vl")
     forward = PixelForward(adapter, PROMPT, ANSWER, "token_logits", exact=False)
-    x = tensor_of(picture())
+    x = tensor_of(random_image())
     rows = forward.prompt_embeddings(x[0])
     inputs, baselines = (x, rows), (0.7 * x, 0.5 * rows)
     shown, said = IntegratedGradients(forward).attribute(inputs, baselines, target=2, n_steps=24, internal_batch_size=8)
@@ -317,7 +317,7 @@ def test_picture_and_prompt_together() -> None:
     assert abs(difference - others) > 0.05 * abs(difference)  # the prompt has its share
     # The prompt alone: each word's ablation against the pass with its embedding at zero.
     words = torch.arange(rows.shape[1])[None, :, None]
-    alone = FeatureAblation(lambda rows, pictures: forward(pictures, rows)).attribute(
+    alone = FeatureAblation(lambda rows, images: forward(images, rows)).attribute(
         rows, additional_forward_args=x, target=2, feature_mask=words, perturbations_per_eval=2
     )
     erased = rows.clone()
@@ -332,7 +332,7 @@ def test_picture_and_prompt_together() -> None:
 def test_pixel_tensors(model_type: str) -> None:
     adapter = adapter_of(model_type)
     # Large enough for tiles next to the thumbnail, a tensor of their own in Step 3.7.
-    image, black = picture(192, 128), Image.new("RGB", (192, 128))
+    image, black = random_image(192, 128), Image.new("RGB", (192, 128))
     forward = ProcessedPixelForward(adapter, PROMPT, ANSWER, image, "token_log_probs")
     assert len(forward.pixels) == (2 if model_type == "step3p7" else 1)
     assert forward(*forward.pixels)[0].tolist() == pytest.approx(log_probs(adapter, image), abs=1e-4)
@@ -362,7 +362,7 @@ def test_pixel_tensors(model_type: str) -> None:
 
 
 def test_packed_patches_are_never_mixed() -> None:
-    forward = ProcessedPixelForward(adapter_of("qwen2_vl"), PROMPT, ANSWER, picture(), "answer_log_prob")
+    forward = ProcessedPixelForward(adapter_of("qwen2_vl"), PROMPT, ANSWER, random_image(), "answer_log_prob")
     seen: list[Tensor] = []
 
     def recorded(pixels: Tensor) -> Tensor:
@@ -378,15 +378,15 @@ def test_packed_patches_are_never_mixed() -> None:
     assert torch.allclose(tunnel, by_hand, atol=1e-5 * float(by_hand.abs().max()))
 
 
-def test_a_blank_baseline_is_a_picture_too() -> None:
-    forward = ProcessedPixelForward(adapter_of("idefics3"), PROMPT, ANSWER, picture(), "answer_log_prob")
+def test_a_blank_baseline_is_an_image_too() -> None:
+    forward = ProcessedPixelForward(adapter_of("idefics3"), PROMPT, ANSWER, random_image(), "answer_log_prob")
     attributions = IntegratedGradients(forward).attribute(forward.pixels, n_steps=4, method="riemann_left")
     assert bool(attributions[0].isfinite().all()) and bool(attributions[0].any())
 
 
 def test_where_no_gradient_passes_through_the_processor() -> None:
     adapter = adapter_of("video_llava")
-    image = picture()
+    image = random_image()
     with pytest.raises(TypeError, match="ProcessedPixelForward"):
         PixelForward(adapter, PROMPT, ANSWER)(tensor_of(image).requires_grad_())
     forward = ProcessedPixelForward(adapter, PROMPT, ANSWER, image, "token_logits")
@@ -401,12 +401,12 @@ def test_where_no_gradient_passes_through_the_processor() -> None:
 
 
 def test_a_processor_that_cannot_be_measured() -> None:
-    forward = ProcessedPixelForward(adapter_of("pp_formulanet"), PROMPT, [5, 6], picture(), "answer_log_prob")
+    forward = ProcessedPixelForward(adapter_of("pp_formulanet"), PROMPT, [5, 6], random_image(), "answer_log_prob")
     (attribution,) = Saliency(forward).attribute(forward.pixels)
     assert bool(attribution.any())
-    with pytest.raises(ValueError, match="no coordinates in the picture"):
+    with pytest.raises(ValueError, match="no coordinates in the image"):
         forward.fold(attribution, (4, 4))
-    with pytest.raises(ValueError, match="no coordinates in the picture"):
+    with pytest.raises(ValueError, match="no coordinates in the image"):
         forward.feature_mask(torch.zeros(64, 96, dtype=torch.int64))
 
 
@@ -439,7 +439,7 @@ def test_the_models_state_comes_back(error: type[BaseException] | None) -> None:
     flags = [module.training for module in model.modules()]
     forward = PixelForward(ModelAdapter(model, processor), PROMPT, ANSWER, "token_logits")
     noisy.error = error
-    x = tensor_of(picture())
+    x = tensor_of(random_image())
     rows = forward.prompt_embeddings(x[0])
     random = torch.get_rng_state()
     if error is None:
@@ -459,7 +459,7 @@ def test_without_gradients_none_are_kept() -> None:
         pass
     forward = PixelForward(adapter_of("llava"), PROMPT, ANSWER)
     with torch.no_grad():
-        assert not forward(tensor_of(picture()).requires_grad_()).requires_grad
+        assert not forward(tensor_of(random_image()).requires_grad_()).requires_grad
 
 
 # ---------------------------------------------------------------------------------------------------------- misuse
@@ -467,7 +467,7 @@ def test_without_gradients_none_are_kept() -> None:
 
 def test_bad_calls() -> None:
     adapter = adapter_of("llava")
-    x = tensor_of(picture())
+    x = tensor_of(random_image())
     with pytest.raises(ValueError, match="output must be one of"):
         PixelForward(adapter, PROMPT, ANSWER, "probability")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="every token already"):
@@ -486,7 +486,7 @@ def test_bad_calls() -> None:
         forward(x.repeat(3, 1, 1, 1), None, ids.repeat(2, 1))
     with pytest.raises(ValueError, match="1 embeddings for a prompt of"):
         forward(x, forward.prompt_embeddings(x[0])[:, :1])
-    processed = ProcessedPixelForward(adapter, PROMPT, ANSWER, picture())
+    processed = ProcessedPixelForward(adapter, PROMPT, ANSWER, random_image())
     with pytest.raises(ValueError, match="Expected 1 pixel tensors"):
         processed()
     with pytest.raises(ValueError, match="must be"):
@@ -494,7 +494,7 @@ def test_bad_calls() -> None:
     with pytest.raises(ValueError, match="2 attributions for 1"):
         processed.fold((*processed.pixels, *processed.pixels), (2, 2))
     with pytest.raises(ValueError, match="are explained"):
-        processed.process(picture(32, 32))
+        processed.process(random_image(32, 32))
 
 
 # -------------------------------------------------------------------------------------------------------- all families
@@ -529,12 +529,12 @@ def test_left_out() -> None:
 def test_family(model_type: str) -> None:
     adapter = family(model_type)
     random = torch.get_rng_state()  # DiffusionGemma draws what it begins with.
-    x, own = tensor_of(picture()), ordinary(adapter, picture())
+    x, own = tensor_of(random_image()), ordinary(adapter, random_image())
     torch.set_rng_state(random)
     forward = PixelForward(adapter, PROMPT, ids_of(adapter, ANSWER))
     usual, deviation = own > -1e30, spread(own)
-    for pictures in (x, x.clone().requires_grad_()):
-        assert torch.allclose(forward(pictures)[0][usual], own[usual], atol=1e-4 * deviation)
+    for images in (x, x.clone().requires_grad_()):
+        assert torch.allclose(forward(images)[0][usual], own[usual], atol=1e-4 * deviation)
 
     smooth = PixelForward(adapter, PROMPT, ids_of(adapter, ANSWER), "token_logits", exact=False)
     leaf = x.clone().requires_grad_()
@@ -563,10 +563,10 @@ def test_family(model_type: str) -> None:
 @pytest.mark.parametrize("model_type", [t for t in FAMILIES if t not in NO_GRADIENT])
 def test_prompt_of_family(model_type: str) -> None:
     adapter = family(model_type)
-    random, x = torch.get_rng_state(), tensor_of(picture())
-    own = ordinary(adapter, picture())
+    random, x = torch.get_rng_state(), tensor_of(random_image())
+    own = ordinary(adapter, random_image())
     torch.set_rng_state(random)
-    other = with_word(adapter, picture(), "picture", "dog")
+    other = with_word(adapter, random_image(), "picture", "dog")
     torch.set_rng_state(random)
     forward = PixelForward(adapter, PROMPT, ids_of(adapter, ANSWER))
     rows, ids = forward.prompt_embeddings(x[0]), forward.prompt_ids(x[0])
@@ -584,7 +584,7 @@ def test_prompt_of_family(model_type: str) -> None:
 def test_captums_layer_methods_see_all_examples(family: str) -> None:
     forward = PixelForward(adapter_of(family), PROMPT, ANSWER, "token_logits", exact=False)
     assert forward.stacks
-    layer, x = forward.model.get_decoder().layers[0], tensor_of(picture())
+    layer, x = forward.model.get_decoder().layers[0], tensor_of(random_image())
     method = LayerIntegratedGradients(forward, layer)
     together, one_by_one = (
         method.attribute(x, target=1, n_steps=4, attribute_to_layer_input=True, internal_batch_size=size)
@@ -598,22 +598,22 @@ def test_captums_layer_methods_are_refused_where_examples_run_one_by_one() -> No
     forward.stacks = False
     method = LayerIntegratedGradients(forward, forward.model.get_decoder().layers[0])
     with pytest.raises(ValueError, match="internal_batch_size=1"):
-        method.attribute(tensor_of(picture()), target=1, n_steps=4)
-    method.attribute(tensor_of(picture()), target=1, n_steps=4, internal_batch_size=1)
+        method.attribute(tensor_of(random_image()), target=1, n_steps=4)
+    method.attribute(tensor_of(random_image()), target=1, n_steps=4, internal_batch_size=1)
     # Other hooks do not mind.
-    GuidedBackprop(forward).attribute(tensor_of(picture()).expand(2, -1, -1, -1), target=1)
+    GuidedBackprop(forward).attribute(tensor_of(random_image()).expand(2, -1, -1, -1), target=1)
 
 
 @pytest.mark.parametrize("family", ["llava", "qwen2_vl", "internvl"])
 def test_a_batch_is_what_each_example_is_alone(family: str) -> None:
     forward = PixelForward(adapter_of(family), PROMPT, ANSWER)
-    x = torch.cat([tensor_of(picture(seed=seed)) for seed in (1, 2)])
+    x = torch.cat([tensor_of(random_image(seed=seed)) for seed in (1, 2)])
     torch.testing.assert_close(forward(x), torch.cat([forward(x[:1]), forward(x[1:])]), atol=1e-5, rtol=1e-4)
 
 
-def test_picture_and_prompt_together_at_several_scales() -> None:
+def test_image_and_prompt_together_at_several_scales() -> None:
     forward = PixelForward(adapter_of("qwen2_vl"), PROMPT, ANSWER, "answer_log_prob", exact=False)
-    x = tensor_of(picture())
+    x = tensor_of(random_image())
     rows = forward.prompt_embeddings(x[0])
     msea = MSEA(InputXGradient(forward), scales=(1.0, 1.5), pyramid=Resize(inputs=(0,)))
     shown, said = msea.attribute((x, rows))

@@ -92,7 +92,7 @@ def test_what_callable_baselines_return_is_resized(image: Tensor) -> None:
 
 @pytest.mark.parametrize("shape", [(1, 1), (2, 3), (1,), ()], ids=str)
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.uint8])
-def test_masks_follow_by_nearest_neighbour(image: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+def test_masks_follow_by_nearest_neighbor(image: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
     mask = torch.randint(0, 99, (*shape, *SIZE)).to(dtype)
     actual = at_half(image, feature_mask=mask)["feature_mask"]
     expected = F.interpolate(mask.double().reshape(1, -1, *SIZE), size=HALF, mode="nearest-exact")
@@ -183,15 +183,15 @@ def test_masks_and_baselines_of_a_layer_follow_its_measured_size(image: Tensor) 
 
 
 def test_groups_of_pixels_keep_their_values_and_single_pixels_their_sum() -> None:
-    picture = torch.ones(1, 1, 8, 8)
+    image = torch.ones(1, 1, 8, 8)
     mean = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
     mask = torch.arange(4).reshape(1, 1, 2, 2).repeat_interleave(4, 2).repeat_interleave(4, 3)
-    quarters = MSEA(FeatureAblation(mean), scales=(0.5, 1.0)).attribute(picture, target=0, feature_mask=mask)
-    assert torch.allclose(quarters, torch.full_like(picture, 1 / 4))
-    windows = MSEA(Occlusion(mean), scales=(0.5, 1.0)).attribute(picture, (1, 4, 4), strides=(1, 4, 4), target=0)
-    assert torch.allclose(windows, torch.full_like(picture, 1 / 4))
-    pixels = MSEA(FeatureAblation(mean), scales=(0.5, 1.0)).attribute(picture, target=0)
-    assert torch.allclose(pixels, torch.full_like(picture, 1 / 64))
+    quarters = MSEA(FeatureAblation(mean), scales=(0.5, 1.0)).attribute(image, target=0, feature_mask=mask)
+    assert torch.allclose(quarters, torch.full_like(image, 1 / 4))
+    windows = MSEA(Occlusion(mean), scales=(0.5, 1.0)).attribute(image, (1, 4, 4), strides=(1, 4, 4), target=0)
+    assert torch.allclose(windows, torch.full_like(image, 1 / 4))
+    pixels = MSEA(FeatureAblation(mean), scales=(0.5, 1.0)).attribute(image, target=0)
+    assert torch.allclose(pixels, torch.full_like(image, 1 / 64))
 
 
 def test_low_pass_goes_down_and_up_again(image: Tensor) -> None:
@@ -233,7 +233,7 @@ def test_a_pyramid_of_ones_own(image: Tensor) -> None:
 # ------------------------------------------------------------------------------------------- through the processor
 
 
-def smooth_picture(width: int = 240, height: int = 168) -> Image.Image:
+def smooth_image(width: int = 240, height: int = 168) -> Image.Image:
     rng = np.random.default_rng(3)
     coarse = Image.fromarray(rng.integers(30, 226, (4, 5), dtype=np.uint8))
     return coarse.resize((width, height), Image.Resampling.BICUBIC).convert("RGB")
@@ -242,24 +242,24 @@ def smooth_picture(width: int = 240, height: int = 168) -> Image.Image:
 @pytest.mark.parametrize("model_type", ["llava", "idefics3", "qwen2_vl"])
 def test_attributions_come_back_to_their_place_in_the_original_tensor(model_type: str) -> None:
     processor = tiny(model_type)[1].image_processor
-    picture = smooth_picture()
+    image = smooth_image()
 
     def prepare(images: list[Image.Image]) -> Mapping[str, Any]:
         return processor(images=images, return_tensors="pt", do_normalize=False)
 
-    # Where a model adds its inputs up, each element's attribution is its own value: a picture that can be compared.
+    # Where a model adds its inputs up, each element's attribution is its own value: an image that can be compared.
     msea = MSEA(
         InputXGradient(lambda x: x.flatten(1).sum(1)),
         scales=(1.0, 0.6),
         weights=(0, 1),
-        pyramid=Reprocess(prepare, [picture]),
+        pyramid=Reprocess(prepare, [image]),
         preserve_sum=False,
     )
-    pixels = prepare([picture])["pixel_values"]
-    small = prepare([picture.resize((144, 101), Image.Resampling.BICUBIC)])["pixel_values"]
+    pixels = prepare([image])["pixel_values"]
+    small = prepare([image.resize((144, 101), Image.Resampling.BICUBIC)])["pixel_values"]
     actual = msea.attribute(pixels[None])
     assert actual.shape == (1, *pixels.shape)
-    shown = measure_pixels(prepare, [picture.size])["pixel_values"].gain.reshape(pixels.shape) != 0
+    shown = measure_pixels(prepare, [image.size])["pixel_values"].gain.reshape(pixels.shape) != 0
     assert (actual[0] - pixels)[shown].abs().mean() < 0.02 < pixels[shown].std() / 5
     assert (actual[0][~shown] == 0).all()
     msea.preserve_sum = True
@@ -268,7 +268,7 @@ def test_attributions_come_back_to_their_place_in_the_original_tensor(model_type
 
 def test_inputs_grids_and_tokens_go_through_the_processor_of_a_real_model() -> None:
     model, processor = tiny("qwen2_vl")
-    picture = smooth_picture(168, 112)
+    image = smooth_image(168, 112)
     text = processor.apply_chat_template(
         [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "describe the picture"}]}],
         add_generation_prompt=True,
@@ -289,8 +289,8 @@ def test_inputs_grids_and_tokens_go_through_the_processor_of_a_real_model() -> N
         return torch.cat(each)
 
     names = ("input_ids", "image_grid_thw", "mm_token_type_ids")
-    inputs = prepare([picture])
-    pyramid = Reprocess(prepare, [picture], forward_args=names)
+    inputs = prepare([image])
+    pyramid = Reprocess(prepare, [image], forward_args=names)
     given: dict[str, Any] = {"target": 9, "additional_forward_args": tuple(inputs[name] for name in names)}
     saliency = MSEA(NoiseTunnel(Saliency(forward)), scales=(1.0, 0.5, 1.5), pyramid=pyramid)
     actual = saliency.attribute(inputs["pixel_values"][None], stdevs=0.0, nt_samples=2, **given)
@@ -299,24 +299,24 @@ def test_inputs_grids_and_tokens_go_through_the_processor_of_a_real_model() -> N
     counts = {count for count, _ in seen}
     assert counts == {8 * 12, 4 * 6, 12 * 18}
     assert len({length - count // 4 for count, length in seen}) == 1  # four patches are a token
-    # Segments and baselines in the frame of the picture.
+    # Segments and baselines in the frame of the image.
     left = (torch.arange(168) < 84).long().expand(112, 168)
     ablation = MSEA(FeatureAblation(forward), scales=(1.0, 0.5), pyramid=pyramid)
     black = Image.new("RGB", (8, 8))
     halves = ablation.attribute(inputs["pixel_values"][None], feature_mask=left, baselines=black, **given)[0]
-    mask = measure_pixels(prepare, [picture.size])["pixel_values"].feature_mask([left])
+    mask = measure_pixels(prepare, [image.size])["pixel_values"].feature_mask([left])
     assert all(halves[mask == side].std() < 0.3 * halves.std() for side in (0, 1))
 
 
 def test_misuse_of_reprocessing_says_what_to_do() -> None:
     processor = tiny("llava")[1].image_processor
-    picture = smooth_picture()
+    image = smooth_image()
 
     def prepare(images: list[Image.Image]) -> Mapping[str, Any]:
         return processor(images=images, return_tensors="pt")
 
-    pixels = prepare([picture])["pixel_values"]
-    pyramid = Reprocess(prepare, [picture])
+    pixels = prepare([image])["pixel_values"]
+    pyramid = Reprocess(prepare, [image])
 
     def net(x: Tensor) -> Tensor:
         return x.flatten(1).sum(1)
@@ -324,18 +324,18 @@ def test_misuse_of_reprocessing_says_what_to_do() -> None:
     msea = MSEA(InputXGradient(net), scales=(1.0, 0.5), pyramid=pyramid)
     with pytest.raises(ValueError, match="belongs inside MSEA"):
         NoiseTunnel(msea).attribute(pixels, stdevs=0.5, nt_samples=1)
-    with pytest.raises(ValueError, match="PIL picture"):
+    with pytest.raises(ValueError, match="PIL image"):
         MSEA(FeatureAblation(net), pyramid=pyramid).attribute(pixels, baselines=torch.zeros_like(pixels))
-    with pytest.raises(ValueError, match="segmentation per picture"):
+    with pytest.raises(ValueError, match="segmentation per image"):
         MSEA(FeatureAblation(net), pyramid=pyramid).attribute(pixels, feature_mask=torch.zeros(1, 3, 112, 112).long())
     with pytest.raises(ValueError, match="no window"):
         MSEA(Occlusion(net), pyramid=pyramid).attribute(pixels, (3, 4, 4))
     with pytest.raises(ValueError, match="1 inputs for the pixel tensors"):
-        MSEA(InputXGradient(net), pyramid=Reprocess(prepare, [picture], ("a", "b"))).attribute(pixels)
+        MSEA(InputXGradient(net), pyramid=Reprocess(prepare, [image], ("a", "b"))).attribute(pixels)
     pool = nn.AdaptiveAvgPool2d(2)
     with pytest.raises(ValueError, match="brings back attributions of pixel tensors"):
         MSEA(LayerActivation(pool, pool), pyramid=pyramid).attribute(pixels)
     with pytest.raises(TypeError, match="sequences of names"):
-        Reprocess(prepare, [picture], "pixel_values")
+        Reprocess(prepare, [image], "pixel_values")
     with pytest.raises(ValueError, match="interpolate_mode"):
         Resize("cubic")  # type: ignore[arg-type]

@@ -40,14 +40,14 @@ def targets_of(forward: PixelForward) -> list[tuple[int, int]]:
     return list(enumerate(forward.answer_ids))
 
 
-def sequence(forward: PixelForward, picture: Tensor) -> Tensor:
-    ids: Tensor = forward.inputs(picture[0])["input_ids"][0]
+def sequence(forward: PixelForward, image: Tensor) -> Tensor:
+    ids: Tensor = forward.inputs(image[0])["input_ids"][0]
     return ids
 
 
-def test_a_raster_is_interpolated_between_its_centres() -> None:
-    forward, picture = pixel_forward("llava"), torch.rand(1, 3, 112, 112)
-    ids = sequence(forward, picture)
+def test_a_raster_is_interpolated_between_its_centers() -> None:
+    forward, image = pixel_forward("llava"), torch.rand(1, 3, 112, 112)
+    ids = sequence(forward, image)
     visual = forward.adapter.visual_positions(ids)
     grid, values = torch.rand(2, 8, 8), torch.full((2, len(ids)), 9.0)
     values[:, visual] = grid.flatten(1)
@@ -58,8 +58,8 @@ def test_a_raster_is_interpolated_between_its_centres() -> None:
 
 @pytest.mark.parametrize("model_type", ["qwen2_vl", "llava", "smolvlm"])
 def test_a_token_is_drawn_where_it_looks(model_type: str) -> None:
-    forward, picture = pixel_forward(model_type), torch.rand(1, 3, 120, 160)
-    ids = sequence(forward, picture)
+    forward, image = pixel_forward(model_type), torch.rand(1, 3, 120, 160)
+    ids = sequence(forward, image)
     visual, geometry = forward.adapter.visual_positions(ids), forward.adapter.geometry([(160, 120)])
     local = geometry.is_local.nonzero()[::5, 0]
     values = torch.zeros(len(local), len(ids))
@@ -71,7 +71,7 @@ def test_a_token_is_drawn_where_it_looks(model_type: str) -> None:
         assert x0 - 3 <= x <= x1 + 3 and y0 - 3 <= y <= y1 + 3
 
 
-def test_several_pictures() -> None:
+def test_several_images() -> None:
     adapter = pixel_forward("qwen2_vl").adapter
     sizes = [(112, 56), (56, 84)]
     inputs = adapter.prepare([Image.new("RGB", size, "gray") for size in sizes], "describe")
@@ -86,23 +86,23 @@ def test_several_pictures() -> None:
 @pytest.mark.parametrize("size", [(112, 112), (64, 96)])
 @pytest.mark.parametrize("model_type", ["qwen2_vl", "llava"])
 def test_pixels_of_integral_methods_sum_to_visual_tokens(model_type: str, size: tuple[int, int]) -> None:
-    forward, picture = pixel_forward(model_type), torch.rand(1, 3, *size)
+    forward, image = pixel_forward(model_type), torch.rand(1, 3, *size)
     method = LayerIntegratedGradients(forward, forward.adapter.lens.layers[0])
     options: dict[str, Any] = {"target": targets_of(forward)[1], "n_steps": 2}
-    values = attribute_positions(method, picture, "sum", **options)
-    visual = forward.adapter.visual_positions(sequence(forward, picture))
-    total = VisualTokenAttribution(method).attribute(picture, **options).sum()
+    values = attribute_positions(method, image, "sum", **options)
+    visual = forward.adapter.visual_positions(sequence(forward, image))
+    total = VisualTokenAttribution(method).attribute(image, **options).sum()
     assert abs(total - values[0, visual].sum()) < 0.03 * values[0, visual].abs().sum()
 
 
 def test_methods_that_do_not_multiply_keep_their_values() -> None:
-    forward, picture = pixel_forward("llava"), torch.rand(2, 3, 112, 112)
+    forward, image = pixel_forward("llava"), torch.rand(2, 3, 112, 112)
     method = LayerGradCam(forward, forward.adapter.lens.layers[1])
-    maps = VisualTokenAttribution(method).attribute(picture, target=targets_of(forward)[1])
+    maps = VisualTokenAttribution(method).attribute(image, target=targets_of(forward)[1])
     assert maps.shape == (2, 1, 112, 112) and not maps.requires_grad
-    for one, single in zip(maps, picture.split(1), strict=True):
+    for one, single in zip(maps, image.split(1), strict=True):
         values = attribute_positions(method, single, "sum", target=targets_of(forward)[1])
-        (drawn,) = draw_positions(values, forward.adapter, sequence(forward, picture), [(112, 112)])
+        (drawn,) = draw_positions(values, forward.adapter, sequence(forward, image), [(112, 112)])
         assert torch.allclose(one, drawn, atol=1e-6)
 
 
@@ -121,67 +121,67 @@ def test_the_logit_lens_over_the_picture_is_explains() -> None:
 
 @pytest.mark.parametrize("inner", ["logit_lens", "grad_cam"])
 def test_arc_around_msea_around_a_layer(inner: str) -> None:
-    forward, picture = pixel_forward("qwen2_vl"), torch.rand(1, 3, 84, 112)
+    forward, image = pixel_forward("qwen2_vl"), torch.rand(1, 3, 84, 112)
     layer, targets = forward.adapter.lens.layers[-1], targets_of(forward)
     method = VisualTokenAttribution((LayerLogitLens if inner == "logit_lens" else LayerGradCam)(forward, layer))
     arc = ARC(MSEA(method, scales=(1.0, 1.5)))
-    actual = arc.attribute_all(picture)
-    larger = F.interpolate(picture, size=(126, 168), mode="bilinear")
+    actual = arc.attribute_all(image)
+    larger = F.interpolate(image, size=(126, 168), mode="bilinear")
     maps = []
     for target in targets:
         above = F.interpolate(method.attribute(larger, target=target), size=(84, 112), mode="bilinear", antialias=True)
-        maps.append((method.attribute(picture, target=target) + above) / 2)
+        maps.append((method.attribute(image, target=target) + above) / 2)
     assert actual.shape == (3, 1, 84, 112)
-    assert torch.allclose(actual, arc.suppress(torch.cat(maps), arc.forward_context(picture)), atol=1e-5)
+    assert torch.allclose(actual, arc.suppress(torch.cat(maps), arc.forward_context(image)), atol=1e-5)
 
 
 def test_msea_around_arc_around_a_layer() -> None:
-    forward, picture = pixel_forward("qwen2_vl"), torch.rand(1, 3, 84, 112)
+    forward, image = pixel_forward("qwen2_vl"), torch.rand(1, 3, 84, 112)
     arc = ARC(VisualTokenAttribution(LayerGradientXActivation(forward, forward.adapter.lens.layers[1])))
-    actual = MSEA(arc, scales=(1.0, 1.5)).attribute(picture, target=targets_of(forward)[2])
-    at_one = arc.attribute_all(picture)[2:]
-    above = arc.attribute_all(F.interpolate(picture, size=(126, 168), mode="bilinear"))[2:]
+    actual = MSEA(arc, scales=(1.0, 1.5)).attribute(image, target=targets_of(forward)[2])
+    at_one = arc.attribute_all(image)[2:]
+    above = arc.attribute_all(F.interpolate(image, size=(126, 168), mode="bilinear"))[2:]
     # A method that multiplies by inputs: the sum is kept on the way back.
     back = 1.5**2 * F.interpolate(above, size=(84, 112), mode="bilinear", antialias=True)
     assert torch.allclose(actual, (at_one + back) / 2, atol=1e-6)
 
 
 def test_msea_around_positions_is_refused() -> None:
-    forward, picture = pixel_forward("qwen2_vl"), torch.rand(1, 3, 84, 112)
+    forward, image = pixel_forward("qwen2_vl"), torch.rand(1, 3, 84, 112)
     arc = ARC(LayerGradientXActivation(forward, forward.adapter.lens.layers[1]))
     with pytest.raises(ValueError, match="cannot be aligned"):
-        MSEA(arc, scales=(1.0, 1.5)).attribute(picture, target=targets_of(forward)[1])
+        MSEA(arc, scales=(1.0, 1.5)).attribute(image, target=targets_of(forward)[1])
 
 
 def test_noise_tunnel_outside_and_inside() -> None:
-    forward, picture = pixel_forward("llava"), torch.rand(1, 3, 64, 96)
+    forward, image = pixel_forward("llava"), torch.rand(1, 3, 64, 96)
     layer = LayerGradientXActivation(forward, forward.adapter.lens.layers[1])
     quiet: dict[str, Any] = {"nt_samples": 2, "stdevs": 0.0, "target": targets_of(forward)[1]}
-    outside = NoiseTunnel(VisualTokenAttribution(layer)).attribute(picture, **quiet)
-    inside = VisualTokenAttribution(NoiseTunnel(layer)).attribute(picture, **quiet)
-    expected = VisualTokenAttribution(layer).attribute(picture, target=targets_of(forward)[1])
+    outside = NoiseTunnel(VisualTokenAttribution(layer)).attribute(image, **quiet)
+    inside = VisualTokenAttribution(NoiseTunnel(layer)).attribute(image, **quiet)
+    expected = VisualTokenAttribution(layer).attribute(image, target=targets_of(forward)[1])
     assert torch.allclose(outside, expected, atol=1e-6) and torch.allclose(inside, expected, atol=1e-6)
 
 
 def test_tuple_in_tuple_out() -> None:
-    forward, picture = pixel_forward("llava"), torch.rand(1, 3, 64, 96)
+    forward, image = pixel_forward("llava"), torch.rand(1, 3, 64, 96)
     method = VisualTokenAttribution(LayerGradCam(forward, forward.adapter.lens.layers[1]))
-    assert isinstance(method.attribute((picture,), target=targets_of(forward)[0]), tuple)
+    assert isinstance(method.attribute((image,), target=targets_of(forward)[0]), tuple)
 
 
 def test_misuse() -> None:
-    forward, picture = pixel_forward("llava"), torch.rand(1, 3, 64, 96)
-    adapter, ids = forward.adapter, sequence(forward, picture)
+    forward, image = pixel_forward("llava"), torch.rand(1, 3, 64, 96)
+    adapter, ids = forward.adapter, sequence(forward, image)
     with pytest.raises(TypeError, match="LayerAttribution"):
         VisualTokenAttribution(Saliency(forward))
     with pytest.raises(TypeError, match="PixelForward"):
         VisualTokenAttribution(LayerGradCam(net := nn.Linear(2, 2), net))
     projector = adapter.model.get_submodule("model.multi_modal_projector")
     with pytest.raises(ValueError, match="module of the decoder"):
-        VisualTokenAttribution(LayerGradientXActivation(forward, projector)).attribute(picture, target=(0, 5))
+        VisualTokenAttribution(LayerGradientXActivation(forward, projector)).attribute(image, target=(0, 5))
     with pytest.raises(ValueError, match="3 values for a sequence"):
         draw_positions(torch.rand(1, 3), adapter, ids, [(96, 64)])
-    with pytest.raises(ValueError, match="visual tokens, but pictures"):
+    with pytest.raises(ValueError, match="visual tokens, but images"):
         draw_positions(torch.rand(1, len(ids)), adapter, ids, [(96, 64), (96, 64)])
     with pytest.raises(NotImplementedError):
         VisualTokenAttribution(LayerGradCam(forward, adapter.lens.layers[1])).attribute_future()

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from captum_intramodal import Explanation, explain
 from captum_intramodal.cli import Method, app
-from captum_intramodal.demo import CHECKPOINT, PICTURES
+from captum_intramodal.demo import CHECKPOINT, IMAGES
 from captum_intramodal.explanation.scale_views import METHODS
 from tests.testing.tiny import tiny
 
@@ -30,8 +30,8 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def picture(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("picture") / "picture.png"
+def image(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("picture") / "image.png"
     Image.effect_mandelbrot((120, 80), (-2, -1.5, 1, 1.5), 30).convert("RGB").save(path)
     return path
 
@@ -50,16 +50,16 @@ def test_demo(tmp_path: Path) -> None:
     assert "probability" in result.output and "leans on" in result.output
 
 
-def test_every_example_picture_exists() -> None:
-    assert len(PICTURES) == 4
-    for path in PICTURES:
+def test_every_example_image_exists() -> None:
+    assert len(IMAGES) == 4
+    for path in IMAGES:
         with Image.open(path) as image:
             assert image.mode == "RGB"
     assert sum(file.stat().st_size for file in CHECKPOINT.iterdir()) <= 8 * 2**20
 
 
-def test_explain_a_given_answer(checkpoint: Path, picture: Path, tmp_path: Path) -> None:
-    arguments = ["explain", "--model", str(checkpoint), "--image", str(picture), "--prompt", "describe the picture"]
+def test_explain_a_given_answer(checkpoint: Path, image: Path, tmp_path: Path) -> None:
+    arguments = ["explain", "--model", str(checkpoint), "--image", str(image), "--prompt", "describe the picture"]
     result = runner.invoke(
         app, [*arguments, "--answer", "a red dog", "--scales", "1,1.5", "--no-arc", "--out", str(tmp_path)]
     )
@@ -94,8 +94,8 @@ def unknown_type(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ("change", "message"),
     [
         ({"--image": "nowhere.png"}, "There is no file nowhere.png"),
-        ({"--image": __file__}, "is not a picture"),
-        ({"--image": "."}, "cannot be read as a picture"),
+        ({"--image": __file__}, "is not an image"),
+        ({"--image": "."}, "cannot be read as an image"),
         ({"--prompt": " "}, "prompt is empty"),
         ({"--answer": "a zebra"}, "cannot encode 'zebra'"),
         ({"--answer": " "}, "answer is empty"),
@@ -118,13 +118,13 @@ def test_bad_input_ends_in_one_line(
     change: dict[str, str],
     message: str,
     checkpoint: Path,
-    picture: Path,
+    image: Path,
     text_only: Path,
     unknown_type: Path,
     tmp_path: Path,
 ) -> None:
     out = tmp_path / "out"
-    options = {"--model": str(checkpoint), "--image": str(picture), "--prompt": "describe", "--out": str(out)} | change
+    options = {"--model": str(checkpoint), "--image": str(image), "--prompt": "describe", "--out": str(out)} | change
     options["--model"] = {"TEXT_ONLY": str(text_only), "UNKNOWN": str(unknown_type)}.get(
         options["--model"], options["--model"]
     )
@@ -148,7 +148,7 @@ def test_bad_input_ends_in_one_line(
     ids=str,
 )
 def test_options_are_those_of_explain(
-    options: list[str], expected: dict[str, Any], picture: Path, monkeypatch: pytest.MonkeyPatch
+    options: list[str], expected: dict[str, Any], image: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     given: dict[str, Any] = {}
 
@@ -158,19 +158,19 @@ def test_options_are_those_of_explain(
 
     monkeypatch.setattr("captum_intramodal.cli._load", lambda *arguments: (None, None))
     monkeypatch.setattr("captum_intramodal.explain", record)
-    arguments = ["explain", "--model", "m", "--image", str(picture), "--prompt", "describe", *options]
+    arguments = ["explain", "--model", "m", "--image", str(image), "--prompt", "describe", *options]
     assert "recorded" in runner.invoke(app, arguments).stderr
     assert {name: given[name] for name in expected} == expected
 
 
-def test_crops_or_a_larger_input_size(picture: Path) -> None:
-    arguments = ["explain", "--model", "m", "--image", str(picture), "--prompt", "describe", "--crops"]
+def test_crops_or_a_larger_input_size(image: Path) -> None:
+    arguments = ["explain", "--model", "m", "--image", str(image), "--prompt", "describe", "--crops"]
     result = runner.invoke(app, [*arguments, "--interpolate-pos-encoding"])
     assert result.exit_code == 2 and "choose one" in result.stderr
 
 
-def test_explain_a_video(checkpoint: Path, picture: Path, tmp_path: Path) -> None:
-    arguments = ["explain", "--model", str(checkpoint), *["--image", str(picture)] * 2, "--prompt", "describe"]
+def test_explain_a_video(checkpoint: Path, image: Path, tmp_path: Path) -> None:
+    arguments = ["explain", "--model", str(checkpoint), *["--image", str(image)] * 2, "--prompt", "describe"]
     arguments += ["--answer", "a dog", "--no-arc", "--scales", "1", "--video", "--out", str(tmp_path)]
     result = runner.invoke(app, arguments)
     assert result.exit_code == 0, result.output
@@ -200,7 +200,7 @@ def test_as_a_module_and_without_arguments() -> None:
         [sys.executable, "-m", "captum_intramodal", "--help"], capture_output=True, text=True, check=False
     )
     assert result.returncode == 0 and "explain" in result.stdout and "demo" in result.stdout
-    assert runner.invoke(app, ["demo", "--picture", "9", "--out", "x"]).exit_code == 2
+    assert runner.invoke(app, ["demo", "--image", "9", "--out", "x"]).exit_code == 2
 
 
 WITHOUT_TORCHVISION = """
@@ -214,11 +214,11 @@ main()
 
 
 @pytest.mark.parametrize(("family", "works"), [("llava", True), ("qwen2_vl", False)])
-def test_without_torchvision(family: str, works: bool, picture: Path, tmp_path: Path) -> None:
+def test_without_torchvision(family: str, works: bool, image: Path, tmp_path: Path) -> None:
     model, processor = tiny(family)
     model.save_pretrained(tmp_path / "model")
     processor.save_pretrained(tmp_path / "model")
-    arguments = ["--model", str(tmp_path / "model"), "--image", str(picture), "--prompt", "describe the picture"]
+    arguments = ["--model", str(tmp_path / "model"), "--image", str(image), "--prompt", "describe the picture"]
     result = subprocess.run(
         [
             sys.executable,

@@ -258,10 +258,10 @@ def test_without_pycocotools_it_says_what_to_install(tmp_path: Path, monkeypatch
 
 
 def labels(**levels: int) -> np.ndarray:
-    picture = np.zeros((HEIGHT, WIDTH), np.uint8)
+    image = np.zeros((HEIGHT, WIDTH), np.uint8)
     for mask, level in zip((DOG, CAT), levels.values(), strict=True):
-        picture[mask] = level
-    return picture
+        image[mask] = level
+    return image
 
 
 def grandf(folder: Path, *records: Any) -> Path:
@@ -377,7 +377,7 @@ def test_folder_lines_broken(tmp_path: Path, line: Any, said: str) -> None:
         FolderDataset(folder)[1]
 
 
-def test_truncated_picture_is_named(tmp_path: Path) -> None:
+def test_truncated_image_is_named(tmp_path: Path) -> None:
     save(tmp_path / "1.png", np.random.default_rng(0).integers(0, 255, (90, 90, 3), np.uint8))
     (tmp_path / "1.png").write_bytes((tmp_path / "1.png").read_bytes()[:5000])
     sample = Sample("one", tmp_path / "1.png", "what?")
@@ -386,7 +386,7 @@ def test_truncated_picture_is_named(tmp_path: Path) -> None:
         _ = sample.image
 
 
-def test_pictures_are_rgb_and_masks_bool() -> None:
+def test_images_are_rgb_and_masks_bool() -> None:
     assert Sample("1", Image.new("L", SIZE), "").image.mode == "RGB"
     with pytest.raises(ValueError, match="word_types must be noun, function, other, got 'verb'"):
         Sample("one", Image.new("RGB", (4, 4)), "what?", word_types={"runs": "verb"})  # type: ignore[dict-item]

@@ -331,13 +331,13 @@ def test_plots_show_what_the_table_says(board: Leaderboard, tmp_path: Path) -> N
     # Texts stand as comments before their outlines; dots are used symbols, one for each explainer.
     assert re.findall(r"<!-- (\w+) -->", svg)[-3:] == ["lens", "TAM", "MSEA"]
     dots = [
-        (float(x), colour) for x, colour in re.findall(r'<use [^>]*?x="([\d.]+)" y="[\d.]+" style="fill: (#\w+)', svg)
+        (float(x), color) for x, color in re.findall(r'<use [^>]*?x="([\d.]+)" y="[\d.]+" style="fill: (#\w+)', svg)
     ]
-    dots = [(x, colour) for x, colour in dots if colour in ("#1c1f26", "#1f6fb4", "#8b919e", "#d1651a")]
+    dots = [(x, color) for x, color in dots if color in ("#1c1f26", "#1f6fb4", "#8b919e", "#d1651a")]
     estimates = [row["f1_iou"].interval.estimate for row in board.rows.values()]
     assert np.corrcoef([x for x, _ in dots], estimates)[0, 1] == pytest.approx(1)
     better = [of_pair(board, "lens", label, "f1_iou").difference.high < 0 for label in ("TAM", "MSEA")]
-    assert [colour == "#1f6fb4" for _, colour in dots] == [False, *better]
+    assert [color == "#1f6fb4" for _, color in dots] == [False, *better]
 
 
 @pytest.mark.browser

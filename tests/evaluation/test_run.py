@@ -66,7 +66,7 @@ class Fixed:
     settings: dict[str, Any] = field(default_factory=dict)
 
     def __call__(
-        self, adapter: ModelAdapter, pictures: Sequence[Image.Image], prompt: Any, answer_ids: Sequence[int]
+        self, adapter: ModelAdapter, images: Sequence[Image.Image], prompt: Any, answer_ids: Sequence[int]
     ) -> list[Tensor]:
         maps = torch.zeros(len(answer_ids), *self.sample.image.size[::-1])
         for word in AnsweredSample(adapter, self.sample, answer_ids).objects.values():
@@ -102,10 +102,10 @@ def test_words_of_an_answer() -> None:
 
 
 def test_adjacent_words_of_one_category_are_one_and_a_tagger_is_asked_for_the_rest() -> None:
-    adapter, picture = case().adapter, case().sample.image
-    mask = np.ones(picture.size[::-1], bool)
+    adapter, image = case().adapter, case().sample.image
+    mask = np.ones(image.size[::-1], bool)
     sample = Sample(
-        "1", picture, "what do you see?", categories={"red book": mask, "dog": ~mask}, word_types={"a": "other"}
+        "1", image, "what do you see?", categories={"red book": mask, "dog": ~mask}, word_types={"a": "other"}
     )
     asked: list[list[str]] = []
 
@@ -120,17 +120,17 @@ def test_adjacent_words_of_one_category_are_one_and_a_tagger_is_asked_for_the_re
         ("a", (4,), "other", None), ("dog", (5,), "noun", "dog"),
     ]  # fmt: skip
     assert asked == [["a", "red", "book", "and", "a", "dog"]]
-    assert set(answer.shown) == {1}  # There is no dog in the picture.
+    assert set(answer.shown) == {1}  # There is no dog in the image.
 
 
-def test_no_picture_is_scored_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_image_is_scored_twice(monkeypatch: pytest.MonkeyPatch) -> None:
     counted: list[int] = []
     score = AnswerScorer.log_probability
     monkeypatch.setattr(
-        AnswerScorer, "log_probability", lambda self, pictures: counted.append(len(pictures)) or score(self, pictures)
+        AnswerScorer, "log_probability", lambda self, images: counted.append(len(images)) or score(self, images)
     )
     answer = AnsweredSample(case().adapter, case().sample, case().answer_ids)
-    black, white = (Image.new("RGB", (256, 192), colour) for colour in ("black", "white"))
+    black, white = (Image.new("RGB", (256, 192), color) for color in ("black", "white"))
     first = answer.log_probability([black, white])
     assert torch.equal(answer.log_probability([white, black, white]), first[[1, 0, 1]])
     assert counted == [2]
@@ -157,11 +157,11 @@ def test_function_words_are_compared_with_the_thresholds_of_all_nouns() -> None:
 
 
 def test_the_best_token_of_a_word_counts_for_obj_iou_and_their_mean_elsewhere() -> None:
-    adapter, picture = case().adapter, case().sample.image
-    mask = np.zeros(picture.size[::-1], bool)
+    adapter, image = case().adapter, case().sample.image
+    mask = np.zeros(image.size[::-1], bool)
     mask[:96] = True
     answer = AnsweredSample(
-        adapter, Sample("1", picture, "what?", categories={"red book": mask}), adapter.tokenize_answer("a red book")
+        adapter, Sample("1", image, "what?", categories={"red book": mask}), adapter.tokenize_answer("a red book")
     )
     maps = torch.zeros(3, 192, 256)
     maps[1, 96:], maps[2, :96] = 3.0, 1.0
@@ -224,7 +224,7 @@ def test_road_is_high_for_the_masks_and_its_negative_for_their_opposite() -> Non
 
 def test_removal_of_words_by_hand() -> None:
     class Text:
-        def explain_text(self, adapter: Any, pictures: Any, prompt: Any, answer_ids: Any) -> TextMaps:
+        def explain_text(self, adapter: Any, images: Any, prompt: Any, answer_ids: Any) -> TextMaps:
             return TextMaps(positions, values)
 
     sample, ids = case().sample, case().answer_ids
@@ -250,7 +250,7 @@ def test_infidelity_is_zero_only_for_a_map_of_what_squares_are_worth() -> None:
 
 def test_sensitivity_is_zero_for_maps_that_noise_does_not_change() -> None:
     class Still:
-        def __call__(self, adapter: Any, pictures: Any, prompt: Any, answer_ids: Any) -> list[Tensor]:
+        def __call__(self, adapter: Any, images: Any, prompt: Any, answer_ids: Any) -> list[Tensor]:
             return [torch.ones(9, 3, 4)]
 
     assert measure("sensitivity", torch.ones(9, 3, 4), Still()).scores == {"sensitivity": {"answer": 0.0}}
@@ -424,7 +424,7 @@ def test_runs_that_cannot_be(tmp_path: Path) -> None:
 
 def test_the_command(tmp_path: Path) -> None:
     arguments = ["evaluate", "--model", "demo", "--data", "scenes:count=2", "--out", str(tmp_path / "run")]
-    arguments += ["--explainers", "random centre_gaussian", "--metrics", "pointing", "--metrics", "energy"]
+    arguments += ["--explainers", "random center_gaussian", "--metrics", "pointing", "--metrics", "energy"]
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 0 and "centre_gaussian" in result.stdout and "2/2" in result.stdout
     manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())

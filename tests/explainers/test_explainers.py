@@ -15,10 +15,10 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from captum_intramodal import ARC, ModelAdapter, PixelForward, VisualTokenAttribution, draw_positions, explain
 from captum_intramodal import explainers as module
-from captum_intramodal.demo import CHECKPOINT, PICTURES
+from captum_intramodal.demo import CHECKPOINT, IMAGES
 from captum_intramodal.explainers import EXPLAINERS, eager_attention, greedy_inclusion, make_explainer, shared_passes
 from tests.testing.families import build
-from tests.testing.tiny import picture, tiny
+from tests.testing.tiny import random_image, tiny
 
 PROMPT = "describe the picture"
 SMALL = {
@@ -59,7 +59,7 @@ def drawn(adapter: ModelAdapter, encoding: Any, rows: list[Tensor], shown: Image
 
 @pytest.mark.parametrize("name", EXPLAINERS)
 def test_maps_of_each_explainer(name: str) -> None:
-    adapter, shown = model("qwen2_vl"), picture(112, 84)
+    adapter, shown = model("qwen2_vl"), random_image(112, 84)
     explainer = make_explainer(f"{name}:{SMALL.get(name, '')}")
     ids = answer(adapter)
     (maps,) = explainer(adapter, [shown], PROMPT, ids)
@@ -77,7 +77,7 @@ def test_maps_of_each_explainer(name: str) -> None:
     "spec", ["logit_lens", "msea:scales=[1,1.5,2]", "arc", "msea+arc", "msea+arc:k=5,strength=0.5"]
 )
 def test_lens_maps_are_those_of_explain(spec: str) -> None:
-    adapter, shown = demo(), Image.open(PICTURES[0]).convert("RGB")
+    adapter, shown = demo(), Image.open(IMAGES[0]).convert("RGB")
     ids = adapter.generate(adapter.prepare([shown], "describe the picture."))
     options = {"k": 5, "strength": 0.5} if "k=5" in spec else "arc" in spec
     scales = "auto" if "msea" in spec else (1.0,)
@@ -88,18 +88,18 @@ def test_lens_maps_are_those_of_explain(spec: str) -> None:
     assert torch.allclose(maps, expected.maps[0][-len(ids) :], atol=1e-6)
 
 
-def test_two_pictures() -> None:
-    adapter, shown = model("qwen2_vl"), [picture(112, 84), picture(84, 112, 1)]
+def test_two_images() -> None:
+    adapter, shown = model("qwen2_vl"), [random_image(112, 84), random_image(84, 112, 1)]
     for spec in ("msea+arc", "attention", "greedy:cells=4,steps=1", "random", "msea+attention:scales=[1,2]"):
         maps = make_explainer(spec)(adapter, shown, PROMPT, answer(adapter))
         assert [m.shape[0] for m in maps] == [3, 3]
         assert maps[0].shape[1] < maps[0].shape[2] and maps[1].shape[1] > maps[1].shape[2]
-    with pytest.raises(ValueError, match="one picture, got 2"):
+    with pytest.raises(ValueError, match="one image, got 2"):
         make_explainer("grad_cam")(adapter, shown, PROMPT, answer(adapter))
 
 
 def test_a_shared_reading_changes_nothing_and_saves_passes(monkeypatch: pytest.MonkeyPatch) -> None:
-    adapter, shown, ids = model("qwen2_vl"), picture(112, 84), answer(model("qwen2_vl"))
+    adapter, shown, ids = model("qwen2_vl"), random_image(112, 84), answer(model("qwen2_vl"))
     specs = ("logit_lens", "tam", "msea:scales=[1,2]", "msea:scales=[1.5,2]", "msea+arc:scales=[1,1.5],layers=[0,-1]")
     explainers = [make_explainer(spec) for spec in specs]
     alone = [e(adapter, [shown], PROMPT, ids)[0] for e in explainers]
@@ -114,7 +114,7 @@ def test_a_shared_reading_changes_nothing_and_saves_passes(monkeypatch: pytest.M
     with shared_passes(explainers):
         together = [e(adapter, [shown], PROMPT, ids)[0] for e in explainers]
         assert calls == [(1.0, 1.5, 2.0)]
-        explainers[0](adapter, [picture(112, 84, 1)], PROMPT, ids)
+        explainers[0](adapter, [random_image(112, 84, 1)], PROMPT, ids)
         assert len(calls) == 2
     assert all(torch.equal(a, b) for a, b in zip(alone, together, strict=True))
     explainers[0](adapter, [shown], PROMPT, ids)
@@ -122,7 +122,7 @@ def test_a_shared_reading_changes_nothing_and_saves_passes(monkeypatch: pytest.M
 
 
 def test_a_shared_reading_where_scales_show_nothing_new() -> None:
-    adapter, shown, ids = model("llava"), picture(112, 112), answer(model("llava"))
+    adapter, shown, ids = model("llava"), random_image(112, 112), answer(model("llava"))
     explainers = [make_explainer(s) for s in ("logit_lens", "msea:scales=[1,2]", "msea:scales=[0.5,1]", "msea", "tam")]
     alone = [e(adapter, [shown], PROMPT, ids)[0] for e in explainers]
     with shared_passes(explainers):
@@ -132,7 +132,7 @@ def test_a_shared_reading_where_scales_show_nothing_new() -> None:
 
 @pytest.mark.parametrize("model_type", ["qwen2_vl", "llava"])
 def test_attention_is_that_of_an_eager_pass(model_type: str) -> None:
-    adapter, shown = model(model_type), picture(112, 112)
+    adapter, shown = model(model_type), random_image(112, 112)
     encoding, output = eager_pass(adapter, shown)
     start = encoding.prompt_length
     rows = [output.attentions[1][0, :, start + t - 1].mean(0) for t in range(3)]
@@ -141,7 +141,7 @@ def test_attention_is_that_of_an_eager_pass(model_type: str) -> None:
 
 
 def test_rollout_by_a_slow_loop() -> None:
-    adapter, shown = model("qwen2_vl"), picture(112, 84)
+    adapter, shown = model("qwen2_vl"), random_image(112, 84)
     encoding, output = eager_pass(adapter, shown)
     joint = torch.eye(len(encoding.input_ids))
     for attention in output.attentions:
@@ -152,7 +152,7 @@ def test_rollout_by_a_slow_loop() -> None:
 
 
 def test_attention_x_gradient_by_a_slow_loop() -> None:
-    adapter, shown = model("qwen2_vl"), picture(112, 84)
+    adapter, shown = model("qwen2_vl"), random_image(112, 84)
     for parameter in adapter.model.parameters():
         parameter.requires_grad_()
     encoding, output = eager_pass(adapter, shown)
@@ -183,22 +183,22 @@ def test_attention_implementations_are_given_back() -> None:
 
 def test_layers_without_attention_weights() -> None:
     hybrid = ModelAdapter(*build("qwen3_5")[:2])
-    (maps,) = make_explainer("attention")(hybrid, [picture(112, 84)], PROMPT, answer(hybrid))
+    (maps,) = make_explainer("attention")(hybrid, [random_image(112, 84)], PROMPT, answer(hybrid))
     assert float(maps.max()) > 0
     with pytest.raises(ValueError, match="of 1 of its 2 layers"):
-        make_explainer("attention_rollout")(hybrid, [picture(112, 84)], PROMPT, answer(hybrid))
+        make_explainer("attention_rollout")(hybrid, [random_image(112, 84)], PROMPT, answer(hybrid))
 
 
 def test_a_part_that_refuses_the_implementation_it_had() -> None:
     adapter = ModelAdapter(*build("fast_vlm")[:2])
     before = [part.config._attn_implementation for part in adapter.model.modules() if hasattr(part, "config")]
-    (maps,) = make_explainer("attention")(adapter, [picture(112, 84)], PROMPT, answer(adapter))
+    (maps,) = make_explainer("attention")(adapter, [random_image(112, 84)], PROMPT, answer(adapter))
     after = [part.config._attn_implementation for part in adapter.model.modules() if hasattr(part, "config")]
     assert float(maps.max()) > 0 and after == before and "sdpa" in after
 
 
 def test_grad_cam_is_captums() -> None:
-    adapter, shown, ids = model("qwen2_vl"), picture(112, 84), answer(model("qwen2_vl"))
+    adapter, shown, ids = model("qwen2_vl"), random_image(112, 84), answer(model("qwen2_vl"))
     forward = PixelForward(adapter, PROMPT, ids, "log_probs")
     pixels = torch.from_numpy(np.array(shown)).permute(2, 0, 1)[None] / 255
     method = VisualTokenAttribution(LayerGradCam(forward, adapter.model.get_decoder().layers[1]))
@@ -210,7 +210,7 @@ def test_grad_cam_is_captums() -> None:
 
 
 def test_pixel_methods_are_captums() -> None:
-    adapter, shown, ids = model("llava"), picture(112, 112), answer(model("llava"))
+    adapter, shown, ids = model("llava"), random_image(112, 112), answer(model("llava"))
     forward = PixelForward(adapter, PROMPT, ids, "log_probs")
     pixels = torch.from_numpy(np.array(shown)).permute(2, 0, 1)[None] / 255
     mean = torch.from_numpy(np.rint(np.array(shown).mean((0, 1)))).float().reshape(1, 3, 1, 1) / 255
@@ -269,7 +269,7 @@ def test_greedy_search_by_a_slow_loop() -> None:
 
 
 def test_greedy_search_on_a_model_by_hand() -> None:
-    adapter, shown, ids = model("llava"), picture(112, 112), answer(model("llava"))
+    adapter, shown, ids = model("llava"), random_image(112, 112), answer(model("llava"))
     (maps,) = make_explainer("greedy:cells=2,steps=1,imputation=mean")(adapter, [shown], PROMPT, ids)
     forward = PixelForward(adapter, PROMPT, ids, "token_log_probs")
     pixels = torch.from_numpy(np.array(shown)).permute(2, 0, 1)[None] / 255
@@ -289,20 +289,20 @@ def test_greedy_search_on_a_model_by_hand() -> None:
 
 def test_lower_marks() -> None:
     adapter, ids = model("qwen2_vl"), answer(model("qwen2_vl"))
-    shown, other = [picture(112, 84)], [picture(112, 84, 1)]
+    shown, other = [random_image(112, 84)], [random_image(112, 84, 1)]
     noise, more = (make_explainer(f"random:seed={seed}") for seed in (0, 1))
     (first,) = noise(adapter, shown, PROMPT, ids)
     assert not torch.equal(first, noise(adapter, other, PROMPT, ids)[0])
     assert not torch.equal(first, more(adapter, shown, PROMPT, ids)[0])
     assert not torch.equal(first[0], first[1])
-    (centre,) = make_explainer("centre_gaussian:sigma=0.5,cells=4")(adapter, shown, PROMPT, ids)
-    assert centre.shape == (3, 3, 4)
-    assert torch.allclose(centre[0], centre[0].flip(0, 1)) and torch.equal(centre[0], centre[2])
-    assert float(centre[0, 1, 0] / centre[0, 1, 1]) == pytest.approx(np.exp((0.125**2 - 0.375**2) / 0.5))
+    (center,) = make_explainer("center_gaussian:sigma=0.5,cells=4")(adapter, shown, PROMPT, ids)
+    assert center.shape == (3, 3, 4)
+    assert torch.allclose(center[0], center[0].flip(0, 1)) and torch.equal(center[0], center[2])
+    assert float(center[0, 1, 0] / center[0, 1, 1]) == pytest.approx(np.exp((0.125**2 - 0.375**2) / 0.5))
 
 
 def test_msea_around_another_explainer_by_hand() -> None:
-    adapter, shown, ids = model("qwen2_vl"), picture(112, 84), answer(model("qwen2_vl"))
+    adapter, shown, ids = model("qwen2_vl"), random_image(112, 84), answer(model("qwen2_vl"))
     (maps,) = make_explainer("msea+attention:scales=[1,2],scale_weights=[3,1],layer=0")(adapter, [shown], PROMPT, ids)
     base = make_explainer("attention:layer=0")
     (small,) = base(adapter, [shown], PROMPT, ids)
@@ -312,7 +312,7 @@ def test_msea_around_another_explainer_by_hand() -> None:
 
 
 def test_arc_around_another_explainer_by_hand() -> None:
-    adapter, shown, ids = model("qwen2_vl"), picture(112, 84), answer(model("qwen2_vl"))
+    adapter, shown, ids = model("qwen2_vl"), random_image(112, 84), answer(model("qwen2_vl"))
     explainer = make_explainer("arc+random:k=7,layers=[0],seed=3")
     (maps,) = explainer(adapter, [shown], PROMPT, ids)
     encoding = adapter.encode(adapter.prepare([shown], PROMPT), ids)
@@ -344,7 +344,7 @@ def test_errors_in_a_spec(spec: str, message: str) -> None:
 
 
 def test_errors_of_models_and_answers() -> None:
-    adapter, shown = model("qwen2_vl"), [picture(112, 84)]
+    adapter, shown = model("qwen2_vl"), [random_image(112, 84)]
     ids = answer(adapter)
     with pytest.raises(ValueError, match="no layer 7"):
         make_explainer("attention:layer=7")(adapter, shown, PROMPT, ids)
@@ -355,4 +355,4 @@ def test_errors_of_models_and_answers() -> None:
         with pytest.raises(ValueError, match="its decoder's sequence"):
             make_explainer(name)(encoder_decoder, shown, PROMPT, answer(encoder_decoder))
     with pytest.raises(ValueError, match="one raster"):
-        make_explainer("tam")(model("smolvlm"), [picture(200, 136)], PROMPT, answer(model("smolvlm")))
+        make_explainer("tam")(model("smolvlm"), [random_image(200, 136)], PROMPT, answer(model("smolvlm")))

@@ -14,7 +14,7 @@ from captum_intramodal.explainers import make_explainer
 from captum_intramodal.explanation.activations import Activations, collect_answer_activations
 from captum_intramodal.functional.aggregation import Aggregation
 from captum_intramodal.models.hooks import evaluation_mode
-from tests.testing.tiny import picture, tiny
+from tests.testing.tiny import random_image, tiny
 
 PROMPT, ANSWER, SCALES = "describe the picture", "a red dog and a blue cat", (1.0, 1.5, 2.0)
 
@@ -28,12 +28,12 @@ def qwen() -> tuple[Any, Any]:
 def reading(qwen: tuple[Any, Any]) -> Activations:
     adapter = ModelAdapter(*qwen)
     with evaluation_mode(adapter.model):
-        return collect_answer_activations(adapter, [picture()], PROMPT, ANSWER, SCALES, decisions=True)
+        return collect_answer_activations(adapter, [random_image()], PROMPT, ANSWER, SCALES, decisions=True)
 
 
-def test_decisions_are_those_of_the_model_on_the_resized_picture(qwen: tuple[Any, Any], reading: Activations) -> None:
+def test_decisions_are_those_of_the_model_on_the_resized_image(qwen: tuple[Any, Any], reading: Activations) -> None:
     model, processor = qwen
-    shown, ids = picture(), reading.text.ids[-7:]
+    shown, ids = random_image(), reading.text.ids[-7:]
     assert reading.decisions is not None and list(reading.decisions) == list(SCALES)
     for level, decision in zip(reading.levels, reading.decisions.values(), strict=True):
         text = processor.apply_chat_template(
@@ -99,20 +99,20 @@ def test_where_no_scale_is_left_all_count(reading: Activations) -> None:
 
 
 def test_explain_and_explainers_take_the_option(qwen: tuple[Any, Any], reading: Activations) -> None:
-    result = explain(*qwen, picture(), PROMPT, ANSWER, scales=SCALES, arc=None, changed_decisions="drop")
+    result = explain(*qwen, random_image(), PROMPT, ANSWER, scales=SCALES, arc=None, changed_decisions="drop")
     (expected,) = reading.maps(torch.full((3,), 1 / 3), "mean", "drop")
     assert torch.allclose(result.maps[0], expected[reading.text.shown], atol=1e-6)
     assert result.settings["changed_decisions"] == "drop"
     adapter = ModelAdapter(*qwen)
     spec = "msea:scales=[1,1.5,2],changed_decisions=drop"
-    (maps,) = make_explainer(spec)(adapter, [picture()], PROMPT, adapter.tokenize_answer(ANSWER))
+    (maps,) = make_explainer(spec)(adapter, [random_image()], PROMPT, adapter.tokenize_answer(ANSWER))
     assert torch.allclose(maps, expected[-7:], atol=1e-6)
 
 
 def test_errors(qwen: tuple[Any, Any]) -> None:
     with pytest.raises(ValueError, match=r"changed_decisions must be one of .*'forget'"):
-        explain(*qwen, picture(), PROMPT, ANSWER, changed_decisions="forget")  # type: ignore[arg-type]
+        explain(*qwen, random_image(), PROMPT, ANSWER, changed_decisions="forget")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="'forget'"):
         make_explainer("msea+arc:changed_decisions=forget")
-    with pytest.raises(ValueError, match="shows the model a part of the picture"):
-        explain(*tiny("llava"), picture(), PROMPT, ANSWER, scales=(1, 2), crops=True, changed_decisions="drop")
+    with pytest.raises(ValueError, match="shows the model a part of the image"):
+        explain(*tiny("llava"), random_image(), PROMPT, ANSWER, scales=(1, 2), crops=True, changed_decisions="drop")

@@ -19,7 +19,7 @@ from captum_intramodal.functional.rasterize import raster_grid, rasterize
 from captum_intramodal.models.hooks import first_tensor, replace_first_tensor
 from captum_intramodal.text.spans import decode_pieces, find_spans, group_words
 from tests.testing.families import build
-from tests.testing.tiny import picture, tiny
+from tests.testing.tiny import random_image, tiny
 
 FAMILIES = ["qwen2_vl", "qwen2_5_vl", "llava", "smolvlm", "idefics3", "internvl"]
 
@@ -33,7 +33,7 @@ def qwen() -> tuple[Any, Any]:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_families_end_to_end(family: str, tmp_path: Path) -> None:
     model, processor = tiny(family)
-    result = explain(model, processor, picture(), "describe the picture", "a red dog and a blue cat")
+    result = explain(model, processor, random_image(), "describe the picture", "a red dog and a blue cat")
     assert result.tokens == ["a", "red", "dog", "and", "a", "blue", "cat"]
     assert result.prompt_tokens == ["describe", "the", "picture"]
     assert [word.text for word in result.words] == result.tokens
@@ -51,9 +51,11 @@ def test_families_end_to_end(family: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_generated_answers_are_what_generate_says(family: str) -> None:
     model, processor = tiny(family)
-    result = explain(model, processor, picture(), "what is in the picture", scales=(1.0,), arc=None, max_new_tokens=4)
+    result = explain(
+        model, processor, random_image(), "what is in the picture", scales=(1.0,), arc=None, max_new_tokens=4
+    )
     adapter = ModelAdapter(model, processor)
-    inputs = adapter.prepare([picture()], "what is in the picture")
+    inputs = adapter.prepare([random_image()], "what is in the picture")
     with torch.no_grad():
         # One step of greedy decoding by hand, without a cache.
         logits = model(**inputs).logits[0, -1]
@@ -64,7 +66,7 @@ def test_generated_answers_are_what_generate_says(family: str) -> None:
 
 def test_plain_lens_equals_the_models_hidden_states(qwen: tuple[Any, Any]) -> None:
     model, processor = qwen
-    image = picture(224, 168)  # 8 x 6 tokens of 28 pixels: no resizing, a plain raster
+    image = random_image(224, 168)  # 8 x 6 tokens of 28 pixels: no resizing, a plain raster
     result = explain(model, processor, image, "describe the picture", "a red dog", scales=(1.0,), arc=None)
     adapter = ModelAdapter(model, processor)
     encoding = adapter.encode(adapter.prepare([image], "describe the picture"), adapter.tokenize_answer("a red dog"))
@@ -84,7 +86,7 @@ def test_plain_lens_equals_the_models_hidden_states(qwen: tuple[Any, Any]) -> No
 
 def test_scales_are_averaged_in_the_pictures_frame(qwen: tuple[Any, Any]) -> None:
     model, processor = qwen
-    image = picture(224, 168)
+    image = random_image(224, 168)
     both = explain(model, processor, image, "describe the picture", "a dog", scales=(1.0, 2.0), arc=None)
     large = explain(model, processor, image, "describe the picture", "a dog", scales=(2.0,), arc=None)
     small = explain(model, processor, image, "describe the picture", "a dog", scales=(1.0,), arc=None)
@@ -100,7 +102,7 @@ def test_scales_are_averaged_in_the_pictures_frame(qwen: tuple[Any, Any]) -> Non
 
 def test_arc_lowers_and_never_raises(qwen: tuple[Any, Any]) -> None:
     model, processor = qwen
-    arguments = (model, processor, picture(), "describe the picture", "a red dog and a blue cat")
+    arguments = (model, processor, random_image(), "describe the picture", "a red dog and a blue cat")
     plain = explain(*arguments, scales=(1.0,), arc=None)
     suppressed = explain(*arguments, scales=(1.0,), arc={"weighting": "irrelevance"})
     assert (suppressed.maps[0] <= plain.maps[0] + 1e-6).all()
@@ -112,14 +114,14 @@ def test_arc_lowers_and_never_raises(qwen: tuple[Any, Any]) -> None:
 def test_a_fixed_size_model_drops_enlargements() -> None:
     model, processor = tiny("llava")
     with pytest.warns(UserWarning, match=r"\[1\.5, 2\.0\] show the model nothing new"):
-        result = explain(model, processor, picture(), "describe the picture", "a dog", scales=(0.5, 1.0, 1.5, 2.0))
+        result = explain(model, processor, random_image(), "describe the picture", "a dog", scales=(0.5, 1.0, 1.5, 2.0))
     assert result.settings["scales"] == [0.5, 1.0]
     assert result.settings["dropped_scales"] == [1.5, 2.0]
 
 
 def test_weights_of_scales_that_are_left() -> None:
     model, processor = tiny("llava")
-    arguments = (model, processor, picture(), "describe the picture", "a dog")
+    arguments = (model, processor, random_image(), "describe the picture", "a dog")
     with pytest.warns(UserWarning, match="nothing new"):
         result = explain(*arguments, scales=(0.5, 1.0, 2.0), scale_weights=(1, 3, 4))
     assert result.settings["scale_weights"] == [0.25, 0.75]
@@ -127,7 +129,7 @@ def test_weights_of_scales_that_are_left() -> None:
         explain(*arguments, scales=(0.5, 1.0, 2.0), scale_weights=(0, 0, 1))
 
 
-def test_a_large_picture_is_not_enlarged_where_the_processor_shrinks_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_large_image_is_not_enlarged_where_the_processor_shrinks_it(monkeypatch: pytest.MonkeyPatch) -> None:
     model, processor = tiny("qwen2_vl")
     largest = 0
     resize = Image.Image.resize
@@ -139,14 +141,16 @@ def test_a_large_picture_is_not_enlarged_where_the_processor_shrinks_it(monkeypa
 
     monkeypatch.setattr(Image.Image, "resize", watched)
     with pytest.warns(UserWarning, match=r"\[2\.0\] show the model nothing new"):
-        result = explain(model, processor, picture(1500, 1200), "describe the picture", "a dog", scales=(0.5, 1.0, 2.0))
+        result = explain(
+            model, processor, random_image(1500, 1200), "describe the picture", "a dog", scales=(0.5, 1.0, 2.0)
+        )
     assert result.settings["scales"] == [0.5, 1.0]
     assert largest <= 1500 * 1200
 
 
-def test_several_pictures(qwen: tuple[Any, Any]) -> None:
+def test_several_images(qwen: tuple[Any, Any]) -> None:
     model, processor = qwen
-    images = [picture(224, 168), picture(112, 112, seed=1)]
+    images = [random_image(224, 168), random_image(112, 112, seed=1)]
     result = explain(model, processor, images, "what is in the picture", "a dog", scales=(1.0,))
     assert [tuple(m.shape[1:]) for m in result.maps] == [(12, 16), (8, 8)]
     assert result.heatmap("dog", image=1).shape == (112, 112)
@@ -158,9 +162,9 @@ def test_several_pictures(qwen: tuple[Any, Any]) -> None:
 
 def test_bfloat16(qwen: tuple[Any, Any]) -> None:
     model, processor = tiny("qwen2_vl")
-    expected = explain(model, processor, picture(), "describe the picture", "a dog", scales=(1.0,), arc=None)
+    expected = explain(model, processor, random_image(), "describe the picture", "a dog", scales=(1.0,), arc=None)
     actual = explain(
-        model.to(torch.bfloat16), processor, picture(), "describe the picture", "a dog", scales=(1.0,), arc=None
+        model.to(torch.bfloat16), processor, random_image(), "describe the picture", "a dog", scales=(1.0,), arc=None
     )
     assert actual.maps[0].dtype == torch.float32 and actual.settings["model"]["dtype"] == "bfloat16"
     assert torch.corrcoef(torch.stack([actual.maps[0].flatten(), expected.maps[0].flatten()]))[0, 1] > 0.98
@@ -169,8 +173,10 @@ def test_bfloat16(qwen: tuple[Any, Any]) -> None:
 def test_messages_as_prompt(qwen: tuple[Any, Any]) -> None:
     model, processor = qwen
     content = [{"type": "image"}, {"type": "text", "text": "describe the picture"}]
-    as_messages = explain(model, processor, picture(), [{"role": "user", "content": content}], "a dog", scales=(1.0,))
-    as_text = explain(model, processor, picture(), "describe the picture", "a dog", scales=(1.0,))
+    as_messages = explain(
+        model, processor, random_image(), [{"role": "user", "content": content}], "a dog", scales=(1.0,)
+    )
+    as_text = explain(model, processor, random_image(), "describe the picture", "a dog", scales=(1.0,))
     assert torch.equal(as_messages.maps[0], as_text.maps[0])
     assert as_messages.prompt == "describe the picture"
 
@@ -183,12 +189,12 @@ def test_a_system_prompt_and_several_turns(qwen: tuple[Any, Any]) -> None:
         {"role": "assistant", "content": [{"type": "text", "text": "a cat ."}]},
         {"role": "user", "content": [{"type": "text", "text": "describe the cat"}]},
     ]
-    result = explain(model, processor, picture(), messages, "a red cat", scales=(1.0,))
+    result = explain(model, processor, random_image(), messages, "a red cat", scales=(1.0,))
     # Shown is the last question; all that was read is context.
     assert result.prompt == "describe the cat" and result.answer == "a red cat"
     assert [word.text for word in result.words] == ["a", "red", "cat"]
     adapter = ModelAdapter(model, processor)
-    encoding = adapter.encode(adapter.prepare([picture()], messages), adapter.tokenize_answer("a red cat"))
+    encoding = adapter.encode(adapter.prepare([random_image()], messages), adapter.tokenize_answer("a red cat"))
     with torch.no_grad():
         probabilities = model(**encoding.inputs).logits[0, -4:-1].softmax(-1)
     expected = probabilities.gather(1, encoding.input_ids[-3:, None])[:, 0]
@@ -198,13 +204,13 @@ def test_a_system_prompt_and_several_turns(qwen: tuple[Any, Any]) -> None:
 def test_answer_as_ids(qwen: tuple[Any, Any]) -> None:
     model, processor = qwen
     ids = processor.tokenizer("a dog", add_special_tokens=False)["input_ids"]
-    as_ids = explain(model, processor, picture(), "describe the picture", ids, scales=(1.0,))
+    as_ids = explain(model, processor, random_image(), "describe the picture", ids, scales=(1.0,))
     assert as_ids.answer == "a dog"
 
 
 def test_a_model_in_training_mode_is_explained_without_dropout(qwen: tuple[Any, Any]) -> None:
     model, processor = tiny("qwen2_vl")
-    arguments = (processor, picture(), "describe the picture", "a red dog")
+    arguments = (processor, random_image(), "describe the picture", "a red dog")
     expected = explain(model, *arguments, scales=(1.0,))
 
     def drop(module: nn.Module, args: Any, output: Any) -> Any:
@@ -228,9 +234,9 @@ def test_borrowed_state_comes_back(training: bool) -> None:
         flags = [m.training for m in model.modules()]
         return hooks, replaced, flags, [p.requires_grad for p in model.parameters()], torch.get_rng_state().tolist()
 
-    explain(model, processor, picture(), "describe the picture", "a dog", scales=(1.0,))  # transformers' own hooks
+    explain(model, processor, random_image(), "describe the picture", "a dog", scales=(1.0,))  # transformers' own hooks
     before = state()
-    explain(model, processor, picture(160, 96), "describe the picture", "a dog", scales=(1.0,))
+    explain(model, processor, random_image(160, 96), "describe the picture", "a dog", scales=(1.0,))
     assert state() == before
 
     def broken(*args: Any, **kwargs: Any) -> None:
@@ -238,14 +244,14 @@ def test_borrowed_state_comes_back(training: bool) -> None:
 
     handle = model.get_decoder().layers[-1].register_forward_pre_hook(broken)
     with pytest.raises(KeyboardInterrupt):
-        explain(model, processor, picture(96, 160), "describe the picture", "a dog", scales=(1.0,))
+        explain(model, processor, random_image(96, 160), "describe the picture", "a dog", scales=(1.0,))
     handle.remove()
     assert state() == before
 
 
 def test_errors(qwen: tuple[Any, Any]) -> None:
     model, processor = qwen
-    good = (model, processor, picture(), "describe the picture", "a dog")
+    good = (model, processor, random_image(), "describe the picture", "a dog")
     with pytest.raises(ValueError, match="prompt is empty"):
         explain(*good[:3], "  ", "a dog")
     with pytest.raises(ValueError, match="cannot encode 'zebra'"):
@@ -275,7 +281,7 @@ def test_errors(qwen: tuple[Any, Any]) -> None:
 
 def test_save_and_load(qwen: tuple[Any, Any], tmp_path: Path) -> None:
     model, processor = qwen
-    result = explain(model, processor, picture(), "describe the picture", "a red dog", scales=(1.0,))
+    result = explain(model, processor, random_image(), "describe the picture", "a red dog", scales=(1.0,))
     loaded = Explanation.load(result.save(tmp_path / "deep" / "saved"))
     assert sorted(path.name for path in (tmp_path / "deep" / "saved").iterdir()) == [
         "explanation.json",
@@ -295,7 +301,7 @@ def test_save_and_load(qwen: tuple[Any, Any], tmp_path: Path) -> None:
         Explanation.load(tmp_path / "nowhere")
 
 
-def test_words_and_normalisation_by_hand() -> None:
+def test_words_and_normalization_by_hand() -> None:
     maps = torch.zeros(4, 2, 2)
     maps[1] = torch.tensor([[4.0, 0], [0, 0]])
     maps[2] = torch.tensor([[0.0, 2], [0, 0]])
@@ -359,7 +365,7 @@ def test_words_without_spaces_between_them() -> None:
 def test_the_prompt_is_found_in_its_template() -> None:
     rendered = "user\ndescribe the picture.\nassistant"
     spans = [(0, 4), (4, 13), (13, 17), (17, 25), (25, 26), (26, 36)]
-    assert find_spans(rendered, spans, "Describe  the picture.") == [None, (0, 8), (10, 13), (14, 21), (21, 22), None]
+    assert find_spans(rendered, spans, "Describe  the image.") == [None, (0, 8), (10, 13), (14, 21), (21, 22), None]
     assert find_spans(rendered, spans, "something else") is None
 
 
@@ -411,10 +417,10 @@ def test_an_answer_read_while_it_is_generated_is_one_read_afterwards(model_type:
     model, processor = build(model_type)
     options = dict(scales=(1.0,), max_new_tokens=4, arc=dict(layers=(0, -1)))
     lines: list[str] = []
-    said = explain(model, processor, picture(), "what is this", progress=lines.append, **options)
+    said = explain(model, processor, random_image(), "what is this", progress=lines.append, **options)
     assert not any("Reading the answer" in line for line in lines)
     answer = said.token_ids[-len(said.probabilities) :].tolist()
-    read = explain(model, processor, picture(), "what is this", answer, progress=lines.append, **options)
+    read = explain(model, processor, random_image(), "what is this", answer, progress=lines.append, **options)
     assert any("Reading the answer" in line for line in lines)
     assert len(answer) == 4
     for actual, expected in ((said.maps[0], read.maps[0]), (said.relevance, read.relevance)):
@@ -434,8 +440,8 @@ def test_the_answer_is_not_read_again(qwen: tuple[Any, Any]) -> None:
         )
     )
     try:
-        result = explain(model, processor, picture(), "what is this", scales=(1.0,), max_new_tokens=5)
-        again = explain(model, processor, picture(), "what is this", scales=(1.0,), max_new_tokens=5)
+        result = explain(model, processor, random_image(), "what is this", scales=(1.0,), max_new_tokens=5)
+        again = explain(model, processor, random_image(), "what is this", scales=(1.0,), max_new_tokens=5)
     finally:
         handle.remove()
     assert len(result.probabilities) == 5
@@ -449,7 +455,7 @@ def test_the_answer_is_not_read_again(qwen: tuple[Any, Any]) -> None:
 def test_a_model_that_does_not_read_token_by_token_reads_its_answer_afterwards(model_type: str) -> None:
     model, processor = build(model_type)
     adapter = ModelAdapter(model, processor)
-    inputs = adapter.prepare([picture()], "what is this")
+    inputs = adapter.prepare([random_image()], "what is this")
     layers, kept = [adapter.lens.layers[-1]], [torch.arange(2)]
     answers, states, rankings = adapter.generate_with_states(inputs, 4, layers, kept, 5)
     assert states is None and rankings is None
@@ -458,7 +464,7 @@ def test_a_model_that_does_not_read_token_by_token_reads_its_answer_afterwards(m
 
 def test_little_working_memory_changes_nothing(qwen: tuple[Any, Any]) -> None:
     model, processor = qwen
-    arguments = (model, processor, picture(), "what is this", "a red dog")
+    arguments = (model, processor, random_image(), "what is this", "a red dog")
     little, much = (explain(*arguments, working_memory=memory) for memory in (2**15, 2**30))
     torch.testing.assert_close(little.maps[0], much.maps[0], atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(little.relevance, much.relevance, atol=1e-5, rtol=1e-4)
@@ -474,7 +480,7 @@ def test_rankings_and_probabilities_from_one_sweep(
 ) -> None:
     adapter = ModelAdapter(*qwen)
     reading = collect_answer_activations(
-        adapter, [picture()], "what is this", "a red dog", (1.0,), ranking_layers=layers
+        adapter, [random_image()], "what is this", "a red dog", (1.0,), ranking_layers=layers
     )
     arc = ARC(model=adapter.lens, layers=layers, ranking_position=position, k=5)
     sweeps: list[int] = []
@@ -495,13 +501,13 @@ def test_rankings_and_probabilities_from_one_sweep(
 def test_what_is_said_while_generating_is_ranked_then(model_type: str, position: str) -> None:
     adapter = ModelAdapter(*build(model_type))
     options = dict(answer=None, scales=(1.0,), max_new_tokens=4)
-    reading = collect_answer_activations(adapter, [picture()], "what is this", ranking_k=7, **options)
+    reading = collect_answer_activations(adapter, [random_image()], "what is this", ranking_k=7, **options)
     known = reading.answer_rankings
     assert known is not None and known.ids.shape == (5, 7) and known.log_normalizer.shape == (5,)
     n = reading.n_answer
     expected = adapter.lens.rank(torch.cat([reading.last[-n:][:1], reading.last[: len(reading.text.ids)][-n:]]), 7)
     torch.testing.assert_close(known.log_normalizer, expected.log_normalizer, atol=1e-4, rtol=1e-5)
-    # Neighbours of equal logits may change places.
+    # Neighbors of equal logits may change places.
     assert (known.ids == expected.ids).float().mean() > 0.9
     arc = ARC(model=adapter.lens, k=7, ranking_position=position)
     context, probabilities = relate(arc, reading)
@@ -514,12 +520,14 @@ def test_logits_of_low_precision_are_not_ranked() -> None:
     model, processor = tiny("qwen2_vl")
     adapter = ModelAdapter(model.to(torch.bfloat16), processor)
     options = dict(answer=None, scales=(1.0,), max_new_tokens=4, ranking_k=7)
-    assert collect_answer_activations(adapter, [picture()], "what is this", **options).answer_rankings is None
+    assert collect_answer_activations(adapter, [random_image()], "what is this", **options).answer_rankings is None
     model.float()
-    reading = collect_answer_activations(ModelAdapter(model, processor), [picture()], "what is this", **options)
+    reading = collect_answer_activations(ModelAdapter(model, processor), [random_image()], "what is this", **options)
     assert reading.answer_rankings is not None
     with torch.autocast("cpu", torch.bfloat16):
-        reading = collect_answer_activations(ModelAdapter(model, processor), [picture()], "what is this", **options)
+        reading = collect_answer_activations(
+            ModelAdapter(model, processor), [random_image()], "what is this", **options
+        )
     assert reading.answer_rankings is None
 
 
@@ -531,7 +539,7 @@ def test_a_head_that_reads_scaled_states_is_not_taken_at_its_word() -> None:
         adapter = ModelAdapter(model, processor)
         assert adapter.lens.tail == "fast" and adapter.lens.factor == pytest.approx(0.25, rel=1e-3)
         options = dict(answer=None, scales=(1.0,), max_new_tokens=4, ranking_k=7)
-        assert collect_answer_activations(adapter, [picture()], "what is this", **options).answer_rankings is None
+        assert collect_answer_activations(adapter, [random_image()], "what is this", **options).answer_rankings is None
     finally:
         handle.remove()
 

@@ -10,7 +10,7 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from captum_intramodal import ARC, Explanation, LayerLogitLens, ModelAdapter, explain, explain_batch
-from captum_intramodal.demo import CHECKPOINT, PICTURES
+from captum_intramodal.demo import CHECKPOINT, IMAGES
 from tests.testing.families import build
 from tests.testing.tiny import tiny
 
@@ -18,12 +18,12 @@ FAMILIES = ["qwen2_vl", "llava", "llava_next", "idefics3", "smolvlm", "internvl"
 PROMPTS = ["describe the picture", "what is in the picture and where is the red cat ?"]
 
 
-def picture(width: int, height: int, seed: int) -> Image.Image:
+def random_image(width: int, height: int, seed: int) -> Image.Image:
     pixels = np.random.default_rng(seed).integers(0, 255, (height // 8, width // 8, 3), dtype=np.uint8)
     return Image.fromarray(pixels).resize((width, height), Image.Resampling.BICUBIC)
 
 
-PICTURES_OF_TWO = [picture(120, 88, 0), picture(200, 136, 1)]
+IMAGES_OF_TWO = [random_image(120, 88, 0), random_image(200, 136, 1)]
 
 
 def assert_same(batched: Explanation, single: Explanation) -> None:
@@ -48,10 +48,10 @@ def batch_sizes(model: Any) -> tuple[list[int], Any]:
 def test_a_batch_says_what_its_examples_say(family: str) -> None:
     model, processor = build(family)
     options: dict[str, Any] = dict(scales=(1.0, 1.5), max_new_tokens=4)
-    singles = [explain(model, processor, *each, **options) for each in zip(PICTURES_OF_TWO, PROMPTS, strict=True)]
+    singles = [explain(model, processor, *each, **options) for each in zip(IMAGES_OF_TWO, PROMPTS, strict=True)]
     assert ModelAdapter(model, processor).batches
     sizes, handle = batch_sizes(model)
-    batched = explain_batch(model, processor, PICTURES_OF_TWO, PROMPTS, **options)
+    batched = explain_batch(model, processor, IMAGES_OF_TWO, PROMPTS, **options)
     handle.remove()
     # The last passes are those of the scales, each of all examples that it shows something new of.
     scales = [scale for single in singles for scale in single.settings["scales"]]
@@ -60,9 +60,9 @@ def test_a_batch_says_what_its_examples_say(family: str) -> None:
         assert_same(actual, expected)
 
 
-def test_several_pictures_and_given_answers() -> None:
+def test_several_images_and_given_answers() -> None:
     model, processor = tiny("qwen2_vl")
-    images = [PICTURES_OF_TWO[0], PICTURES_OF_TWO, [PICTURES_OF_TWO[1]]]
+    images = [IMAGES_OF_TWO[0], IMAGES_OF_TWO, [IMAGES_OF_TWO[1]]]
     answers = ["a red dog and a blue cat", None, "cat"]
     options: dict[str, Any] = dict(scales=(1.0,), max_new_tokens=3)
     for batch_size in (2, 8):
@@ -72,18 +72,18 @@ def test_several_pictures_and_given_answers() -> None:
             assert_same(actual, explain(model, processor, shown, "describe the picture", answer, **options))
 
 
-def test_cut_outs_of_several_pictures() -> None:
+def test_cut_outs_of_several_images() -> None:
     model, processor = tiny("llava")
     options: dict[str, Any] = dict(scales=(1.0, 2.0), crops=True)
-    batched = explain_batch(model, processor, PICTURES_OF_TWO, PROMPTS, ["a dog", "a red cat"], **options)
-    for actual, shown, prompt, answer in zip(batched, PICTURES_OF_TWO, PROMPTS, ["a dog", "a red cat"], strict=True):
+    batched = explain_batch(model, processor, IMAGES_OF_TWO, PROMPTS, ["a dog", "a red cat"], **options)
+    for actual, shown, prompt, answer in zip(batched, IMAGES_OF_TWO, PROMPTS, ["a dog", "a red cat"], strict=True):
         assert actual.settings["scales"] == [1.0, 2.0]
         assert_same(actual, explain(model, processor, shown, prompt, answer, **options))
 
 
 def test_videos() -> None:
     model, processor = tiny("qwen2_vl")
-    videos = [[picture(56, 56, seed) for seed in range(2)], [picture(84, 56, seed) for seed in range(4)]]
+    videos = [[random_image(56, 56, seed) for seed in range(2)], [random_image(84, 56, seed) for seed in range(4)]]
     options: dict[str, Any] = dict(scales=(1.0,), video=True)
     batched = explain_batch(model, processor, videos, PROMPTS, ["a dog", "a red cat"], **options)
     for actual, frames, prompt, answer in zip(batched, videos, PROMPTS, ["a dog", "a red cat"], strict=True):
@@ -92,12 +92,12 @@ def test_videos() -> None:
 
 @pytest.mark.parametrize("family", ["mistral_large4", pytest.param("got_ocr2", marks=pytest.mark.slow), "git"])
 def test_models_that_batches_change_run_one_by_one(family: str) -> None:
-    """Positions that the padding moves, a processor that refuses, and pictures before the sequence."""
+    """Positions that the padding moves, a processor that refuses, and images before the sequence."""
     model, processor = build(family)
     assert not ModelAdapter(model, processor).batches
     options: dict[str, Any] = dict(scales=(1.0,))
-    batched = explain_batch(model, processor, PICTURES_OF_TWO, PROMPTS, ["a dog", "a cat"], **options)
-    for actual, shown, prompt, answer in zip(batched, PICTURES_OF_TWO, PROMPTS, ["a dog", "a cat"], strict=True):
+    batched = explain_batch(model, processor, IMAGES_OF_TWO, PROMPTS, ["a dog", "a cat"], **options)
+    for actual, shown, prompt, answer in zip(batched, IMAGES_OF_TWO, PROMPTS, ["a dog", "a cat"], strict=True):
         assert_same(actual, explain(model, processor, shown, prompt, answer, **options))
 
 
@@ -113,9 +113,9 @@ def test_a_model_that_reads_its_padding_is_found_out() -> None:
     handle.remove()
 
 
-def test_pictures_that_cannot_be_stacked_run_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_images_that_cannot_be_stacked_run_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
     adapter = ModelAdapter(*tiny("qwen2_vl"))
-    images = [[shown] for shown in PICTURES_OF_TWO]
+    images = [[shown] for shown in IMAGES_OF_TWO]
     assert [rows for rows, _ in adapter.prepare_together(images, PROMPTS)] == [[0, 1]]
     process = type(adapter.processor).__call__
 
@@ -135,7 +135,7 @@ def padded() -> tuple[ModelAdapter, dict[str, Any], list[dict[str, Any]], list[i
     """A user's own left-padded batch, each of its examples alone, and how far they are padded."""
     model, processor = tiny("qwen2_vl")
     adapter = ModelAdapter(model, processor)
-    images = [[shown] for shown in PICTURES_OF_TWO]
+    images = [[shown] for shown in IMAGES_OF_TWO]
     texts = [adapter.prompt_text(prompt, 1) for prompt in PROMPTS]
     options: dict[str, Any] = dict(
         return_tensors="pt", add_special_tokens=False, return_mm_token_type_ids=True, padding=True, padding_side="left"
@@ -196,7 +196,7 @@ def test_context_of_a_padded_batch(padded: Any, ranking_position: Any) -> None:
 def test_the_demo_model_answers_the_same_in_a_batch() -> None:
     model, processor = (auto.from_pretrained(CHECKPOINT) for auto in (AutoModelForImageTextToText, AutoProcessor))
     adapter = ModelAdapter(model, processor)
-    images = [[Image.open(path)] for path in PICTURES[:3]]
+    images = [[Image.open(path)] for path in IMAGES[:3]]
     prompts = ["describe the picture.", "is there a dog?", "describe the picture."]
     assert adapter.batches
     answers = adapter.generate_batch(adapter.prepare_batch(images, prompts))
@@ -215,17 +215,17 @@ def test_the_options_are_those_of_explain() -> None:
 def test_errors() -> None:
     model, processor = tiny("qwen2_vl")
     with pytest.raises(ValueError, match="2 images, 1 prompts and 2 answers"):
-        explain_batch(model, processor, PICTURES_OF_TWO, ["describe"])
+        explain_batch(model, processor, IMAGES_OF_TWO, ["describe"])
     with pytest.raises(ValueError, match="2 images, 2 prompts and 5 answers"):
-        explain_batch(model, processor, PICTURES_OF_TWO, PROMPTS, "a dog")
+        explain_batch(model, processor, IMAGES_OF_TWO, PROMPTS, "a dog")
     with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
-        explain_batch(model, processor, PICTURES_OF_TWO, PROMPTS, batch_size=0)
+        explain_batch(model, processor, IMAGES_OF_TWO, PROMPTS, batch_size=0)
     with pytest.raises(ValueError, match="prompt is empty"):
-        explain_batch(model, processor, PICTURES_OF_TWO, ["describe", " "])
+        explain_batch(model, processor, IMAGES_OF_TWO, ["describe", " "])
     with pytest.raises(ValueError, match="cannot encode 'zebra'"):
-        explain_batch(model, processor, PICTURES_OF_TWO, PROMPTS, ["a dog", "a zebra"])
-    with pytest.raises(TypeError, match="got a single picture"):
-        explain_batch(model, processor, PICTURES_OF_TWO[0], "describe")  # type: ignore[arg-type]
+        explain_batch(model, processor, IMAGES_OF_TWO, PROMPTS, ["a dog", "a zebra"])
+    with pytest.raises(TypeError, match="got a single image"):
+        explain_batch(model, processor, IMAGES_OF_TWO[0], "describe")  # type: ignore[arg-type]
     assert explain_batch(model, processor, [], []) == []
     processor.chat_template = "{{ messages[0]['content'][-1]['text'] }}"
     with pytest.raises(ValueError, match="Some prompts begin with <s>"):

@@ -37,7 +37,7 @@ def test_the_model_is_left_as_it_was() -> None:
 def test_misuse() -> None:
     model, processor = tiny("llava")
     with pytest.raises(TypeError, match="PIL images"):
-        check(model, processor, "picture.png")  # type: ignore[arg-type]
+        check(model, processor, "image.png")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="prompt is empty"):
         check(model, processor, prompt=" ")
     with pytest.raises(TypeError, match="generates text"):
@@ -49,7 +49,7 @@ def test_geometry_that_follows_the_content_fails() -> None:
     inner = processor.image_processor
 
     class Mirrored(type(inner)):  # type: ignore[misc]
-        """Turns coloured pictures round, which the gray ones that measure the geometry cannot show."""
+        """Turns colored images round, which the gray ones that measure the geometry cannot show."""
 
         def __call__(self, images: Any, **kwargs: Any) -> Any:
             if all(isinstance(image, Image.Image) for image in images):
@@ -65,7 +65,7 @@ def test_geometry_that_follows_the_content_fails() -> None:
     assert report["logit lens"].passed
 
 
-def test_a_head_that_looks_at_neighbours_fails() -> None:
+def test_a_head_that_looks_at_neighbors_fails() -> None:
     model, processor = tiny("llava")
     model.lm_head.register_forward_hook(lambda module, args, output: output.roll(1, dims=-2))
     report = check(model, processor)

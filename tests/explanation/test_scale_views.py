@@ -18,14 +18,14 @@ from captum_intramodal.geometry.pixel_map import PixelMaps
 from captum_intramodal.geometry.token_geometry import TokenGeometry
 from captum_intramodal.models.hooks import interpolated_positions, position_tables
 from tests.testing.families import build
-from tests.testing.tiny import picture, tiny
+from tests.testing.tiny import random_image, tiny
 
 
 @pytest.mark.parametrize("model_type", ["llava", "smolvlm"])
 def test_input_x_gradient_is_captums(model_type: str) -> None:
     model, processor = tiny(model_type)
     adapter = ModelAdapter(model, processor)
-    inputs = adapter.prepare([picture(160, 120)], "describe the picture")
+    inputs = adapter.prepare([random_image(160, 120)], "describe the picture")
     encoding = adapter.encode(inputs, adapter.tokenize_answer("a red dog"))
     n = len(encoding.input_ids)
 
@@ -48,7 +48,7 @@ def test_input_x_gradient_is_captums(model_type: str) -> None:
 
 def test_explain_by_pixels() -> None:
     model, processor = tiny("llava")
-    arguments = (model, processor, picture(160, 120), "describe the picture", "a red dog")
+    arguments = (model, processor, random_image(160, 120), "describe the picture", "a red dog")
     result = explain(*arguments, scales=(0.5, 1.0), arc=None, method="input_x_gradient")
     assert result.settings["method"] == "input_x_gradient"
     assert result.settings["scales"] == [0.5, 1.0]
@@ -56,14 +56,14 @@ def test_explain_by_pixels() -> None:
     assert result.settings["levels"][1]["token_size"] == [6.67, 6.67]
     adapter = ModelAdapter(model, processor)
     encoding = adapter.encode(
-        adapter.prepare([picture(160, 120)], "describe the picture"), adapter.tokenize_answer("dog")
+        adapter.prepare([random_image(160, 120)], "describe the picture"), adapter.tokenize_answer("dog")
     )
     alone = explain(*arguments[:4], "dog", scales=(1.0,), arc=None, method="input_x_gradient")
     (attribution,) = input_x_gradient(adapter, encoding, ["pixel_values"], torch.tensor([len(encoding.input_ids) - 1]))
     pixels = adapter.pixel_maps([(160, 120)]).maps["pixel_values"]
     expected = pixels.fold(attribution["pixel_values"], (18, 24)).clamp_min(0)
     torch.testing.assert_close(alone.maps[0][-1], expected)
-    # The centre crop's margins are not seen.
+    # The center crop's margins are not seen.
     assert not alone.maps[0][:, :, :2].any() and not alone.maps[0][:, :, -2:].any() and alone.maps[0].any()
     suppressed = explain(*arguments, scales=(1.0,), method="input_x_gradient")
     assert suppressed.settings["arc"] is not None
@@ -71,7 +71,7 @@ def test_explain_by_pixels() -> None:
 
 def test_the_lens_is_the_default_where_tokens_have_places() -> None:
     model, processor = tiny("smolvlm")
-    arguments = (model, processor, picture(160, 120), "describe the picture", "a dog")
+    arguments = (model, processor, random_image(160, 120), "describe the picture", "a dog")
     by_default = explain(*arguments, scales=(1.0,))
     assert by_default.settings["method"] == "logit_lens"
     assert torch.equal(by_default.maps[0], explain(*arguments, scales=(1.0,), method="logit_lens").maps[0])
@@ -79,20 +79,20 @@ def test_the_lens_is_the_default_where_tokens_have_places() -> None:
 
 def test_enlargements_that_become_the_same_pixels_are_dropped() -> None:
     adapter = ModelAdapter(*tiny("llava"))
-    pictures = [picture(160, 120)]
-    inputs = adapter.prepare(pictures, "describe")
-    kept, dropped = select_views(adapter, pictures, (0.5, 1.0, 1.5), inputs, "input_x_gradient")
+    images = [random_image(160, 120)]
+    inputs = adapter.prepare(images, "describe")
+    kept, dropped = select_views(adapter, images, (0.5, 1.0, 1.5), inputs, "input_x_gradient")
     assert list(kept) == [0.5, 1.0] and dropped == [1.5]
-    # A processor of native resolution shows more of an enlarged picture.
+    # A processor of native resolution shows more of an enlarged image.
     adapter = ModelAdapter(*tiny("qwen2_vl"))
-    kept, dropped = select_views(adapter, pictures, (1.0, 1.5), adapter.prepare(pictures, "a"), "input_x_gradient")
+    kept, dropped = select_views(adapter, images, (1.0, 1.5), adapter.prepare(images, "a"), "input_x_gradient")
     assert list(kept) == [1.0, 1.5] and not dropped
 
 
 @pytest.mark.parametrize(
     ("model_type", "size", "scales"),
     [
-        # Native resolution sees more of enlarged pictures, up to its largest grid of 160 tokens.
+        # Native resolution sees more of enlarged images, up to its largest grid of 160 tokens.
         ("qwen2_vl", (160, 120), [1.0, 1.5, 2.0]),
         ("qwen2_vl", (300, 200), [0.75, 1.0, 1.5]),
         ("qwen2_vl", (640, 400), [0.5, 1.0]),
@@ -105,22 +105,22 @@ def test_auto_takes_levels_with_a_grid_of_their_own(
     model_type: str, size: tuple[int, int], scales: list[float]
 ) -> None:
     adapter = ModelAdapter(*tiny(model_type))
-    pictures = [picture(*size)]
-    kept, dropped = select_views(adapter, pictures, "auto", adapter.prepare(pictures, "a"))
+    images = [random_image(*size)]
+    kept, dropped = select_views(adapter, images, "auto", adapter.prepare(images, "a"))
     assert list(kept) == scales and dropped == []
     grids = [len(sight.kinds) for sight in kept.values()]
     assert len(set(grids)) == len(grids)
 
 
-def test_crops_show_parts_of_the_picture_larger() -> None:
+def test_crops_show_parts_of_the_image_larger() -> None:
     model, processor = tiny("llava")
-    whole = picture(120, 120)
+    whole = random_image(120, 120)
     arguments = ("describe the picture", "a red dog")
     result = explain(model, processor, whole, *arguments, scales=(2.0,), crops=True, arc=None)
     assert result.settings["scales"] == [2.0] and result.settings["crops"]
     (level,) = result.settings["levels"]
     assert level["visual_tokens"] == 4 * 64 and level["token_size"] == pytest.approx([7.5, 7.5], abs=0.05)
-    # Each cut-out is read as a picture of its own, and its boxes lie where it was cut.
+    # Each cut-out is read as an image of its own, and its boxes lie where it was cut.
     adapter = ModelAdapter(model, processor)
     (cut,) = collect_answer_activations(adapter, [whole], *arguments, (2.0,), crops=True).levels
     for index, (x, y) in enumerate([(0, 0), (60, 0), (0, 60), (60, 60)]):
@@ -136,23 +136,23 @@ def test_crops_show_parts_of_the_picture_larger() -> None:
 
 def test_crops_only_where_enlarging_shows_nothing() -> None:
     model, processor = tiny("qwen2_vl")
-    arguments = (model, processor, picture(160, 120), "describe the picture", "a dog")
+    arguments = (model, processor, random_image(160, 120), "describe the picture", "a dog")
     cut, resized = explain(*arguments, scales=(1.0, 1.5), crops=True), explain(*arguments, scales=(1.0, 1.5))
     assert torch.equal(cut.maps[0], resized.maps[0])
 
 
-def test_crops_of_one_of_two_pictures() -> None:
+def test_crops_of_one_of_two_images() -> None:
     model, processor = tiny("llava")
-    pictures = [picture(120, 120), picture(90, 120)]
-    result = explain(model, processor, pictures, "describe the picture", "a dog", scales=(1.0, 2.0), crops=True)
+    images = [random_image(120, 120), random_image(90, 120)]
+    result = explain(model, processor, images, "describe the picture", "a dog", scales=(1.0, 2.0), crops=True)
     assert result.settings["levels"][1]["visual_tokens"] == 8 * 128
     assert all(bool(m.any()) and bool(m.isfinite().all()) for m in result.maps)
 
 
 @pytest.mark.parametrize("model_type", ["llava", "paligemma"])
-def test_a_larger_input_size_shows_the_whole_picture_in_more_tokens(model_type: str) -> None:
+def test_a_larger_input_size_shows_the_whole_image_in_more_tokens(model_type: str) -> None:
     model, processor = build(model_type)
-    adapter, whole = ModelAdapter(model, processor), picture(120, 120)
+    adapter, whole = ModelAdapter(model, processor), random_image(120, 120)
     inputs = adapter.prepare([whole], "describe")
     size = dict(processor.image_processor.size)
     kept, dropped = select_views(adapter, [whole], (1.0, 1.5, 2.0), inputs, interpolate_pos_encoding=True)
@@ -189,7 +189,7 @@ def test_positions_are_those_that_transformers_interpolates() -> None:
 
 def test_a_larger_input_size_for_maps_over_the_pixels() -> None:
     model, processor = build("git")
-    adapter, whole = ModelAdapter(model, processor), picture(160, 120)
+    adapter, whole = ModelAdapter(model, processor), random_image(160, 120)
     arguments = ([whole], (1.0, 2.0), adapter.prepare([whole], "describe"))
     by: Any = {"method": "input_x_gradient", "interpolate_pos_encoding": True}
     larger = select_views(adapter, *arguments, **by)[0][2.0]
@@ -201,22 +201,20 @@ def test_a_larger_input_size_for_maps_over_the_pixels() -> None:
 
 
 def test_where_the_input_size_cannot_be_enlarged() -> None:
-    whole = picture(160, 120)
+    whole = random_image(160, 120)
     for model_type, reason in (("smolvlm", "no part of it has interpolate_pos_encoding"), ("gemma3", "invalid for")):
-        with pytest.raises(
-            ValueError, match=rf"cannot see pictures at 1.5 times its input size: .*{reason}.*crops=True"
-        ):
+        with pytest.raises(ValueError, match=rf"cannot see images at 1.5 times its input size: .*{reason}.*crops=True"):
             explain(*build(model_type), whole, "describe", "a dog", scales=(1.0, 1.5), interpolate_pos_encoding=True)
     model, processor = tiny("llava")
     with pytest.raises(ValueError, match="choose one"):
         explain(model, processor, whole, "describe", "a dog", crops=True, interpolate_pos_encoding=True)
-    # Nothing to do where the model sees more of an enlarged picture anyway.
+    # Nothing to do where the model sees more of an enlarged image anyway.
     explain(*tiny("qwen2_vl"), whole, "describe", "a dog", scales=(1.0, 1.5), interpolate_pos_encoding=True)
 
 
 def test_errors(monkeypatch: pytest.MonkeyPatch) -> None:
     model, processor = tiny("llava")
-    arguments: Any = (model, processor, picture(160, 120), "describe the picture", "a dog")
+    arguments: Any = (model, processor, random_image(160, 120), "describe the picture", "a dog")
     with pytest.raises(ValueError, match="method must be one of"):
         explain(*arguments, method="gradcam")  # type: ignore[arg-type]
 

@@ -44,7 +44,7 @@ def preparer(processor: Any, n_images: int = 1, **options: Any) -> Callable[[lis
     return lambda images: processor(images=images, text=[text], return_tensors="pt", **options)
 
 
-def picture(size: tuple[int, int], seed: int = 0) -> Image.Image:
+def random_image(size: tuple[int, int], seed: int = 0) -> Image.Image:
     generator = torch.Generator().manual_seed(seed)
     pixels = torch.randint(0, 256, (size[1], size[0], 3), generator=generator, dtype=torch.uint8)
     return Image.fromarray(pixels.numpy())
@@ -89,7 +89,7 @@ def idefics_boxes(width: int, height: int) -> list[list[float]]:
 
 
 def internvl_boxes(width: int, height: int) -> list[list[float]]:
-    # The tiling of at most six tiles with the picture's aspect ratio, looked up by hand.
+    # The tiling of at most six tiles with the image's aspect ratio, looked up by hand.
     rows, columns = {(200, 136): (2, 3), (640, 400): (2, 3), (130, 310): (2, 1), (100, 100): (1, 1)}[width, height]
     return tiles(rows, columns, width, height)
 
@@ -136,7 +136,7 @@ class TestFamilies:
         assert agreement.min() >= 0.9
         rectangle = [*expected[:, :2].amin(0).tolist(), *expected[:, 2:].amax(0).tolist()]
         assert geometry.coverage() == pytest.approx(rectangle, abs=1.0)
-        assert geometry_oracle(model, prepare, [picture(size)], geometry) >= 0.97
+        assert geometry_oracle(model, prepare, [random_image(size)], geometry) >= 0.97
 
     def test_oracle_rejects_wrong_boxes(self, model_type: str) -> None:
         model, processor = tiny(model_type)
@@ -144,9 +144,9 @@ class TestFamilies:
         geometry = measure_geometry(model, prepare, [size])
         transposed = replace(geometry, boxes=geometry.boxes[:, [1, 0, 3, 2]])
         shifted = replace(geometry, boxes=geometry.boxes.roll(1, dims=0))
-        assert geometry_oracle(model, prepare, [picture(size)], geometry) >= 0.97
-        assert geometry_oracle(model, prepare, [picture(size)], transposed, blocks=20) <= 0.5
-        assert geometry_oracle(model, prepare, [picture(size)], shifted, blocks=20) <= 0.5
+        assert geometry_oracle(model, prepare, [random_image(size)], geometry) >= 0.97
+        assert geometry_oracle(model, prepare, [random_image(size)], transposed, blocks=20) <= 0.5
+        assert geometry_oracle(model, prepare, [random_image(size)], shifted, blocks=20) <= 0.5
 
     def test_ownership_and_bisection_agree(self, model_type: str, monkeypatch: pytest.MonkeyPatch) -> None:
         model, processor = tiny(model_type)
@@ -168,9 +168,9 @@ class TestFamilies:
         model.to(torch.bfloat16)
         rounded = measure_geometry(model, prepare, [size])
         torch.testing.assert_close(rounded.boxes, exact.boxes)
-        assert geometry_oracle(model, prepare, [picture(size)], rounded) >= 0.97
+        assert geometry_oracle(model, prepare, [random_image(size)], rounded) >= 0.97
 
-    def test_two_pictures(self, model_type: str) -> None:
+    def test_two_images(self, model_type: str) -> None:
         model, processor = tiny(model_type)
         sizes = [(200, 136), (130, 310)]
         prepare = preparer(processor, n_images=2)
@@ -179,7 +179,7 @@ class TestFamilies:
         assert geometry.image_sizes == tuple(sizes)
         assert geometry.image_index.tolist() == [0] * len(expected[0]) + [1] * len(expected[1])
         assert iou(geometry.boxes, torch.cat(expected)).mean() >= 0.97
-        assert geometry_oracle(model, prepare, [picture(size) for size in sizes], geometry) >= 0.97
+        assert geometry_oracle(model, prepare, [random_image(size) for size in sizes], geometry) >= 0.97
 
     def test_model_is_left_as_it_was(self, model_type: str) -> None:
         model, processor = tiny(model_type)
@@ -190,7 +190,7 @@ class TestFamilies:
         prepare, size = preparer(processor), (100, 100)
         before, seed = hooks_and_forwards(model), torch.random.get_rng_state()
         geometry = measure_geometry(model, prepare, [size])
-        geometry_oracle(model, prepare, [picture(size)], geometry, blocks=2)
+        geometry_oracle(model, prepare, [random_image(size)], geometry, blocks=2)
         assert hooks_and_forwards(model) == before
         assert torch.equal(torch.random.get_rng_state(), seed)
         assert torch.is_grad_enabled()
@@ -214,13 +214,13 @@ class TestFamilies:
 
     def test_generates_words(self, model_type: str) -> None:
         model, processor = tiny(model_type)
-        inputs = preparer(processor)([picture((100, 80))])
+        inputs = preparer(processor)([random_image((100, 80))])
         answer = model.generate(**inputs, max_new_tokens=4, do_sample=False)[0, inputs["input_ids"].shape[1] :]
         assert len(answer) >= 3
         assert processor.tokenizer.decode(answer, skip_special_tokens=True).strip()
 
 
-class TestLargePictures:
+class TestLargeImages:
     def test_measured_on_smaller_ones(self, monkeypatch: pytest.MonkeyPatch) -> None:
         model, processor = tiny("llava")
         plain, largest = preparer(processor), 0
@@ -264,7 +264,7 @@ class TestLargePictures:
             torch.testing.assert_close(a, b, atol=4.0, rtol=0)  # elements are 9 pixels wide
 
 
-def test_codes_of_pictures_of_different_sizes() -> None:
+def test_codes_of_images_of_different_sizes() -> None:
     model, processor = build("emu3")
     sizes = [(160, 120), (90, 200)]
     geometry = ModelAdapter(model, processor).geometry(sizes)
@@ -282,9 +282,9 @@ def rows_of(rows: int, columns: int, width: int, height: int) -> list[list[list[
 
 
 def test_frames() -> None:
-    pictures = TokenGeometry(torch.zeros(3, 4), ("local",) * 3, torch.tensor([0, 1, 2]), ((8, 8),) * 3)
-    assert pictures.frames.tolist() == [[0, 0], [1, 1], [2, 2]]
-    video = replace(pictures, image_index=torch.tensor([0, 0, 2]), last_image_index=torch.tensor([1, 1, 2]))
+    images = TokenGeometry(torch.zeros(3, 4), ("local",) * 3, torch.tensor([0, 1, 2]), ((8, 8),) * 3)
+    assert images.frames.tolist() == [[0, 0], [1, 1], [2, 2]]
+    video = replace(images, image_index=torch.tensor([0, 0, 2]), last_image_index=torch.tensor([1, 1, 2]))
     assert video.frames.tolist() == [[0, 1], [0, 1], [2, 2]]
     assert [video.sees(frame).tolist() for frame in range(3)] == [[True, True, False]] * 2 + [[False, False, True]]
 
@@ -376,12 +376,12 @@ class TestErrors:
     def test_prepare(self) -> None:
         model, processor = tiny("llava")
         prepare = preparer(processor)
-        fixed = prepare([picture((64, 64))])
+        fixed = prepare([random_image((64, 64))])
         with pytest.raises(ValueError, match="differs between black and white"):
             measure_geometry(model, lambda images: fixed, [(64, 64)])
         with pytest.raises(ValueError, match="one example"):
             measure_geometry(model, lambda images: {"pixel_values": fixed["pixel_values"]}, [(64, 64)])
-        with pytest.raises(ValueError, match="at least one picture"):
+        with pytest.raises(ValueError, match="at least one image"):
             measure_geometry(model, prepare, [])
 
         def own_contrast(images: list[Image.Image]) -> dict[str, Tensor]:
@@ -398,18 +398,18 @@ class TestErrors:
         prepare = preparer(processor)
         geometry = TokenGeometry(torch.zeros(3, 4), ("local",) * 3, torch.zeros(3, dtype=torch.int64), ((64, 64),))
         with pytest.raises(ValueError, match="64 visual positions, the geometry 3"):
-            geometry_oracle(model, prepare, [picture((64, 64))], geometry)
+            geometry_oracle(model, prepare, [random_image((64, 64))], geometry)
         with pytest.raises(ValueError, match="sizes"):
-            geometry_oracle(model, prepare, [picture((64, 60))], geometry)
+            geometry_oracle(model, prepare, [random_image((64, 60))], geometry)
         with pytest.raises(ValueError, match="blocks"):
-            geometry_oracle(model, prepare, [picture((64, 64))], geometry, blocks=0)
+            geometry_oracle(model, prepare, [random_image((64, 64))], geometry, blocks=0)
         with pytest.raises(ValueError, match="no local tokens"):
-            geometry_oracle(model, prepare, [picture((64, 64))], replace(geometry, kinds=("global",) * 3))
+            geometry_oracle(model, prepare, [random_image((64, 64))], replace(geometry, kinds=("global",) * 3))
 
     def test_geometry_without_local_tokens(self) -> None:
         empty = TokenGeometry(torch.full((1, 4), math.nan), ("global",), torch.zeros(1, dtype=torch.int64), ((8, 8),))
         assert all(math.isnan(side) for side in empty.token_size + empty.coverage())
-        with pytest.raises(ValueError, match="no picture 1"):
+        with pytest.raises(ValueError, match="no image 1"):
             empty.coverage(1)
 
 

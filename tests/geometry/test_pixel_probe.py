@@ -23,16 +23,16 @@ def segments(width: int, height: int, rows: int = 3, columns: int = 4) -> torch.
     return row[:, None] * columns + column
 
 
-def test_coordinates_of_a_centre_crop_by_hand() -> None:
+def test_coordinates_of_a_center_crop_by_hand() -> None:
     _, processor = tiny("llava")  # The shorter side becomes 112, of the longer one the middle is kept.
     pixels = measure_pixels(image_only(processor), [SIZE])["pixel_values"]
     assert pixels.shape == (1, 3, 112, 112)
     resized = (112 * 200 // 136, 112)
     x = ((resized[0] - 112) // 2 + np.arange(112) + 0.5) * 200 / resized[0]
     y = (np.arange(112) + 0.5) * 136 / 112
-    centre = ((pixels.lower + pixels.upper) / 2).reshape(2, 1, 3, 112, 112)[:, 0, :, 4:-4, 4:-4]
-    assert np.abs(centre[0].numpy() - x[None, None, 4:-4]).max() < 0.5
-    assert np.abs(centre[1].numpy() - y[None, 4:-4, None]).max() < 0.5
+    center = ((pixels.lower + pixels.upper) / 2).reshape(2, 1, 3, 112, 112)[:, 0, :, 4:-4, 4:-4]
+    assert np.abs(center[0].numpy() - x[None, None, 4:-4]).max() < 0.5
+    assert np.abs(center[1].numpy() - y[None, 4:-4, None]).max() < 0.5
     assert (pixels.gain > 0).all() and (pixels.image_index == 0).all()
 
 
@@ -57,7 +57,7 @@ def test_a_segment_is_masked_in_all_frames_at_once(model_type: str) -> None:
     assert darkened.any() and agreement > 0.99
 
 
-def test_segments_of_several_pictures_are_counted_on() -> None:
+def test_segments_of_several_images_are_counted_on() -> None:
     _, processor = tiny("llava")
     pixels = measure_pixels(image_only(processor), [SIZE, (90, 90)])["pixel_values"]
     mask = pixels.feature_mask([segments(*SIZE), segments(90, 90, 2, 2)])
@@ -79,7 +79,7 @@ def test_fold_keeps_the_sum_and_the_place(model_type: str) -> None:
 
 
 def test_patches_that_say_where_they_are() -> None:
-    # A picture of 2 rows x 3 columns of patches with 4 elements each, and one patch of padding.
+    # An image of 2 rows x 3 columns of patches with 4 elements each, and one patch of padding.
     places = [[r, c] for r in (1, 2) for c in (1, 2, 3)] + [[0, 0]]
     patches = torch.cat([torch.tensor(places).float(), torch.zeros(7, 4)], dim=1)[None]
     pixels = measure_pixels(lambda images: {"flattened_patches": patches}, [(60, 30)])["flattened_patches"]
@@ -101,11 +101,11 @@ def test_errors() -> None:
     )
     assert pixels.feature_mask([torch.tensor([[0, 1], [2, 3]])]).tolist() == [[0, 1, 2, 3]]
     assert pixels.fold(torch.tensor([[1.0, 2, 3, 4]]), (1, 2)).tolist() == [[4, 6]]
-    with pytest.raises(ValueError, match="pictures of"):
+    with pytest.raises(ValueError, match="images of"):
         pixels.feature_mask([torch.zeros(3, 2, dtype=torch.int64)])
     with pytest.raises(ValueError, match="counted from 0"):
         pixels.feature_mask([torch.full((2, 2), -1)])
-    with pytest.raises(ValueError, match="at least one picture"):
+    with pytest.raises(ValueError, match="at least one image"):
         measure_pixels(lambda images: {}, [])
     with pytest.raises(ValueError, match="Attributions of shape"):
         pixels.fold(torch.zeros(3), (1, 2))

@@ -22,11 +22,11 @@ from captum_intramodal.geometry.oracle import geometry_oracle
 from captum_intramodal.models import families
 from captum_intramodal.models.hooks import evaluation_mode
 from tests.testing.families import FAMILIES, LEFT_OUT, answer_logits, build, prepare
-from tests.testing.tiny import picture
+from tests.testing.tiny import random_image
 
 NOT_EXPLAINED = LEFT_OUT | {
     "instructblipvideo": "takes videos only, of exactly four frames",
-    "pp_formulanet": "its processor crops each picture by what it shows, and no gradient passes through it",
+    "pp_formulanet": "its processor crops each image by what it shows, and no gradient passes through it",
     "udop": "its processor takes words with boxes from an OCR, not a prompt",
 }
 # Visual tokens that the decoder reads, but not in its sequence, and the argument of its blocks that holds them.
@@ -51,11 +51,11 @@ BY_PIXELS = {
     "kosmos-2",
     "kosmos-2.5",
 }
-# Codes of quantised pictures: no small change moves them, so that the oracle cannot tell.
+# Codes of quantized images: no small change moves them, so that the oracle cannot tell.
 CODES = {"chameleon", "emu3"}
-# Every pass reads the text before the picture itself: layers that keep other states than all tokens' keys and values,
+# Every pass reads the text before the image itself: layers that keep other states than all tokens' keys and values,
 # or share them; more arguments along the sequence; words that see what comes after them; another text at another size;
-# no text before the picture; and those whose visual tokens are not in the sequence.
+# no text before the image; and those whose visual tokens are not in the sequence.
 READ_APART = {*BY_GRADIENTS, *BY_PIXELS - {"aria", "deepseek_ocr2", "idefics2"}} | {
     *("dots3_note", "glm5_next", "inkling2", "inkling_mm_model", "lfm3_vl", "minicpm_ocr", "minicpmv4_6"),
     *("minicpmv4_7", "mistral_large4", "nemotron_h_omni", "qwen3_5", "qwen3_5_moe", "qwen4_exp"),
@@ -79,7 +79,7 @@ def test_reasons() -> None:
 @pytest.mark.parametrize("model_type", [t for t in FAMILIES if t not in NOT_EXPLAINED])
 def test_explain(model_type: str) -> None:
     model, processor = build(model_type)
-    explanation = explain(model, processor, picture(320, 200), "describe the picture", "a red cat", scales=(1.0,))
+    explanation = explain(model, processor, random_image(320, 200), "describe the picture", "a red cat", scales=(1.0,))
     methods = dict.fromkeys(BY_PIXELS, "input_x_gradient") | dict.fromkeys(BY_GRADIENTS, "layer_gradient_x_activation")
     assert explanation.settings["method"] == methods.get(model_type, "logit_lens")
     assert explanation.answer.split() == ["a", "red", "cat"]
@@ -89,7 +89,7 @@ def test_explain(model_type: str) -> None:
         prepare = lambda images: bound.prepare(images, "describe")  # noqa: E731
         boxes = bound.geometry([(320, 200)])
         assert boxes.argument == BY_GRADIENTS.get(model_type)
-        assert geometry_oracle(model, prepare, [picture(320, 200)], boxes, blocks=12) >= 0.97
+        assert geometry_oracle(model, prepare, [random_image(320, 200)], boxes, blocks=12) >= 0.97
     assert shares_prefix(ModelAdapter(model, processor)) == (model_type not in READ_APART)
 
 
@@ -99,14 +99,14 @@ def test_rankings_of_its_own_answer(model_type: str) -> None:
     bound = ModelAdapter(*build(model_type))
     options = dict(answer=None, scales=(1.0,), ranking_k=8, max_new_tokens=4)
     with evaluation_mode(bound.model):
-        reading = collect_answer_activations(bound, [picture(160, 120)], "describe the picture", **options)
+        reading = collect_answer_activations(bound, [random_image(160, 120)], "describe the picture", **options)
     ranked, n = reading.answer_rankings, reading.n_answer
     assert (ranked is None) == (model_type in RANKED_AFTERWARDS)
     if ranked is not None:
         tokens = reading.last[: len(reading.text.ids)][-n:]
         expected = bound.lens.rank(torch.cat([reading.last[-n:][:1], tokens]), 8)
         torch.testing.assert_close(ranked.log_normalizer, expected.log_normalizer, atol=1e-4, rtol=1e-4)
-        # Neighbours that are almost equal may change places.
+        # Neighbors that are almost equal may change places.
         assert (ranked.ids == expected.ids).float().mean() > 0.9
 
 
@@ -119,7 +119,7 @@ NOT_BY_HAND = {"diffusion_gemma", "fuyu"}
 def test_feature_ablation(model_type: str) -> None:
     model, processor = build(model_type)
     bound = ModelAdapter(model, processor)
-    inp = ImageTextInput(bound, picture(320, 200), "describe the picture", grid=(1, 2))
+    inp = ImageTextInput(bound, random_image(320, 200), "describe the picture", grid=(1, 2))
     result = MultimodalLLMAttribution(FeatureAblation(model), bound).attribute(
         inp, "a red cat", perturbations_per_eval=3
     )
@@ -135,11 +135,11 @@ def test_feature_ablation(model_type: str) -> None:
 
     hidden = []
     for left in (0, 160):
-        pixels = np.asarray(picture(320, 200)).copy()
+        pixels = np.asarray(random_image(320, 200)).copy()
         pixels[:, left : left + 160] = pixels.reshape(-1, 3).mean(0).round()
         hidden.append(log_probabilities(Image.fromarray(pixels)))
-    hidden += [log_probabilities(picture(320, 200), word) for word in inp.values[2:]]
-    expected = log_probabilities(picture(320, 200)) - torch.stack(hidden)
+    hidden += [log_probabilities(random_image(320, 200), word) for word in inp.values[2:]]
+    expected = log_probabilities(random_image(320, 200)) - torch.stack(hidden)
     assert torch.allclose(result.token_attr, expected.T, atol=1e-4)
 
 
@@ -148,6 +148,6 @@ def test_a_type_in_no_table(model_type: str, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(families, "_FAMILIES", {})
     monkeypatch.setattr(pixel_probe, "NUMBERED_PATCHES", ())
     monkeypatch.setattr(cache, "_cache", type(cache._cache)())
-    report = check(*build(model_type), picture(320, 200))
+    report = check(*build(model_type), random_image(320, 200))
     assert report.passed, str(report)
     assert report["geometry"].figures["oracle"] >= 0.97

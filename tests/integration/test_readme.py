@@ -23,13 +23,11 @@ def test_the_readmes_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert names["heat"].shape == (height, width)
     assert (tmp_path / "page.html").exists()
     tokens = len(names["forward"].targets)
-    shapes = {
-        name: tuple(names[name].shape) for name in ("attribution", "over_picture", "every", "suppressed", "values")
-    }
+    shapes = {name: tuple(names[name].shape) for name in ("attribution", "over_image", "every", "suppressed", "values")}
     positions = names["forward"].inputs(names["picture"][0])["input_ids"].shape[1]
     assert shapes == {
         "attribution": (1, 3, height, width),
-        "over_picture": (1, 1, height, width),
+        "over_image": (1, 1, height, width),
         "every": (tokens, 1, height, width),
         "suppressed": (tokens, height, width),
         "values": (tokens, positions),

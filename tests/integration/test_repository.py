@@ -19,7 +19,7 @@ def test_ci_calls_the_test_command_of_the_readme_word_for_word() -> None:
     assert commands[1] in (ROOT / ".ci" / "run").read_text(encoding="utf-8").splitlines()
 
 
-def test_pictures_and_files_of_the_readme_exist() -> None:
+def test_images_and_files_of_the_readme_exist() -> None:
     targets = re.findall(r"\]\((?!https?://|#)([^)#]+)\)", README)
     assert targets
     missing = [target for target in targets if not (ROOT / target).exists()]
@@ -27,7 +27,7 @@ def test_pictures_and_files_of_the_readme_exist() -> None:
 
 
 def test_figures_of_the_readme_are_the_benchmarks() -> None:
-    for name in ("localisation.md", "localisation-other.md"):
+    for name in ("localization.md", "localization-other.md"):
         table = (ROOT / "benchmarks" / "results" / name).read_text(encoding="utf-8")
         for row in (line for line in table.splitlines() if line.startswith("| ")):
             assert row in README, f"{name}: {row}"

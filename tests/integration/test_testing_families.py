@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.testing.families import FAMILIES, LEFT_OUT, answer_logits, build, prepare
-from tests.testing.tiny import WORDS, picture
+from tests.testing.tiny import WORDS, random_image
 
 BUILT = [model_type for model_type in FAMILIES if model_type not in LEFT_OUT]
 
@@ -26,14 +26,16 @@ def test_every_type_is_built_or_left_out_for_a_reason() -> None:
 
 
 @pytest.mark.parametrize("model_type", BUILT)
-def test_the_picture_reaches_the_words_of_the_answer(model_type: str) -> None:
+def test_the_image_reaches_the_words_of_the_answer(model_type: str) -> None:
     model, processor = build(model_type)
     assert model.dtype == torch.float32 and not model.training
     assert not any(parameter.requires_grad for parameter in model.parameters())
     assert all(bool(parameter.isfinite().all()) for parameter in model.parameters())
     answer = word_ids(processor.tokenizer, "a", "red", "cat")
     first, second = (
-        answer_logits(model, prepare(model, processor, [picture(640, 400, seed)], "describe the picture ."), answer)
+        answer_logits(
+            model, prepare(model, processor, [random_image(640, 400, seed)], "describe the picture ."), answer
+        )
         for seed in (0, 1)
     )
     assert first.shape[0] == 3

@@ -10,7 +10,7 @@ import torch
 
 from captum_intramodal import Explanation, explain
 from captum_intramodal.geometry import cache
-from tests.testing.tiny import picture, tiny
+from tests.testing.tiny import random_image, tiny
 
 
 @pytest.fixture(autouse=True)
@@ -19,7 +19,7 @@ def fresh_geometry(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def explained(model: Any, processor: Any) -> Explanation:
-    return explain(model, processor, picture(160, 120), "describe the picture", "a red dog", scales=(1.0, 1.5))
+    return explain(model, processor, random_image(160, 120), "describe the picture", "a red dog", scales=(1.0, 1.5))
 
 
 def compiled(model: Any) -> Any:
@@ -64,8 +64,8 @@ def test_int8(model_type: str) -> None:
     model, processor = tiny(model_type)
     expected = explained(model, processor)
     cache._cache.clear()
-    quantised = torch.ao.quantization.quantize_dynamic(model, {torch.nn.Linear}, dtype=torch.qint8)
-    actual = explained(quantised, processor)
+    quantized = torch.ao.quantization.quantize_dynamic(model, {torch.nn.Linear}, dtype=torch.qint8)
+    actual = explained(quantized, processor)
     assert actual.maps[0].shape == expected.maps[0].shape
     both = torch.stack([actual.maps[0].flatten(), expected.maps[0].flatten()])
     assert torch.corrcoef(both)[0, 1] > 0.9

@@ -7,7 +7,7 @@ from PIL import Image
 from captum_intramodal import ModelAdapter, explain
 from captum_intramodal.geometry.oracle import geometry_oracle
 from tests.testing.families import build
-from tests.testing.tiny import picture, tiny
+from tests.testing.tiny import random_image, tiny
 
 SIZE = (160, 120)
 # How many successive frames the model merges into one.
@@ -30,11 +30,11 @@ MERGED = {
 
 
 def frames(count: int = 4) -> list[Image.Image]:
-    return [picture(*SIZE, seed) for seed in range(count)]
+    return [random_image(*SIZE, seed) for seed in range(count)]
 
 
 @pytest.mark.parametrize("model_type", MERGED)
-def test_frames_are_pictures_in_time(model_type: str) -> None:
+def test_frames_are_images_in_time(model_type: str) -> None:
     model, processor = build(model_type)
     adapter = ModelAdapter(model, processor, video=True)
     geometry = adapter.geometry([SIZE] * 4)
@@ -51,11 +51,11 @@ def test_frames_are_pictures_in_time(model_type: str) -> None:
     assert not torch.equal(result.maps[1], result.maps[2])
 
 
-def test_frames_are_not_the_same_prompt_as_pictures() -> None:
+def test_frames_are_not_the_same_prompt_as_images() -> None:
     model, processor = tiny("qwen2_vl")
     arguments = (model, processor, frames(2), "describe the picture", "a red dog")
-    as_video, as_pictures = explain(*arguments, scales=(1.0,), video=True), explain(*arguments, scales=(1.0,))
-    assert not torch.equal(as_pictures.maps[0], as_pictures.maps[1])
+    as_video, as_images = explain(*arguments, scales=(1.0,), video=True), explain(*arguments, scales=(1.0,))
+    assert not torch.equal(as_images.maps[0], as_images.maps[1])
     assert torch.equal(as_video.maps[0], as_video.maps[1])
 
 

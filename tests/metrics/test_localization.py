@@ -49,9 +49,9 @@ def slow_otsu(values: list[float], edges: list[float]) -> float:
 
 def slow_resize(image: list[list[float]], height: int, width: int) -> list[list[float]]:
     def at(position: int, new: int, old: int) -> tuple[int, int, float]:
-        centre = min(max((position + 0.5) * old / new - 0.5, 0.0), old - 1.0)
-        left = int(centre)
-        return left, min(left + 1, old - 1), centre - left
+        center = min(max((position + 0.5) * old / new - 0.5, 0.0), old - 1.0)
+        left = int(center)
+        return left, min(left + 1, old - 1), center - left
 
     result = []
     for row in range(height):
@@ -270,8 +270,8 @@ def test_bootstrap_equals_loops() -> None:
         return float(ordered[14] + ordered[15]) / 2
 
     statistics: list[tuple[Callable[..., Any], Callable[..., float]]] = [(np.mean, slow_mean), (np.median, slow_median)]
-    for vectorised, slow in statistics:
-        interval = bootstrap_interval(values, vectorised, n=400, seed=1)
+    for vectorized, slow in statistics:
+        interval = bootstrap_interval(values, vectorized, n=400, seed=1)
         assert interval[1:] == pytest.approx(slow_bootstrap(values, slow, 400, 1))
         assert interval.estimate == pytest.approx(slow(values))
 

@@ -11,7 +11,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from captum_intramodal import ModelAdapter
 from captum_intramodal.adapter.answer_scorer import AnswerScorer
-from captum_intramodal.demo import CHECKPOINT, PICTURES
+from captum_intramodal.demo import CHECKPOINT, IMAGES
 from captum_intramodal.metrics import randomization_check
 from captum_intramodal.models.decoder import decoder_layers
 from tests.testing.families import build
@@ -55,10 +55,10 @@ def test_a_gradient_is_lost_and_a_map_of_the_input_alone_is_not() -> None:
     net = network()
     old = bits(net)
     assert abs(randomization_check(net, gradient(net))[-1].rank_correlation) < 0.3
-    picture = torch.randn(7, 9, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    image = torch.randn(7, 9, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     # Up to scale, however large or small, and offset.
     for scale, expected in ((1.0, 1), (1e200, 1), (-1e-200, -1), (0.0, 0)):
-        steps = randomization_check(net, lambda s=scale: picture if same(bits(net), old) else picture * s)  # type: ignore[misc]
+        steps = randomization_check(net, lambda s=scale: image if same(bits(net), old) else image * s)  # type: ignore[misc]
         assert [step[1:] for step in steps] == [pytest.approx((expected, expected))] * 3
 
 
@@ -133,7 +133,7 @@ def test_parts_of_a_multimodal_model_from_its_head_to_its_vision_tower() -> None
     model = AutoModelForImageTextToText.from_pretrained(CHECKPOINT, dtype=torch.float32)
     adapter = ModelAdapter(model, AutoProcessor.from_pretrained(CHECKPOINT))
     scorer = AnswerScorer(adapter, "describe the picture.", "a dog and a cat.")
-    shown = [Image.open(PICTURES[0]).convert("RGB"), Image.new("RGB", (96, 96), "gray")]
+    shown = [Image.open(IMAGES[0]).convert("RGB"), Image.new("RGB", (96, 96), "gray")]
     old, scores = bits(model), scorer.log_probability(shown)
     steps = randomization_check(model, lambda: scorer.log_probability(shown))
     names = dict(model.named_modules())
@@ -155,7 +155,7 @@ def test_parts_of_a_multimodal_model_from_its_head_to_its_vision_tower() -> None
         ("t5gemma2", "lm_head", "model.encoder"),
     ],
 )
-def test_heads_come_first_and_what_reads_pictures_last(family: str, head: str, eyes: str) -> None:
+def test_heads_come_first_and_what_reads_images_last(family: str, head: str, eyes: str) -> None:
     model = build(family)[0]
     steps = randomization_check(model, lambda: torch.arange(3.0))
     layers = [step.layer for step in steps]

@@ -24,7 +24,7 @@ def total(kept: np.ndarray) -> np.ndarray:
     return (kept * WEIGHTS).sum((1, 2))
 
 
-def picture(height: int = 24, width: int = 32, seed: int = 0) -> Image.Image:
+def random_image(height: int = 24, width: int = 32, seed: int = 0) -> Image.Image:
     small = np.random.default_rng(seed).integers(0, 256, (4, 5, 3), np.uint8)
     return Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC)
 
@@ -80,7 +80,7 @@ def test_wrong_scores_and_curves_are_refused() -> None:
         area_under_curve(np.zeros(2), (0.0, 0.5, 1.0))
 
 
-def means_of_neighbours(pixels: np.ndarray, kept: np.ndarray) -> np.ndarray:
+def means_of_neighbors(pixels: np.ndarray, kept: np.ndarray) -> np.ndarray:
     """The equations of the imputation, one by one, solved densely."""
     height, width = kept.shape
     unknown = [(y, x) for y in range(height) for x in range(width) if not kept[y, x]]
@@ -105,33 +105,33 @@ def means_of_neighbours(pixels: np.ndarray, kept: np.ndarray) -> np.ndarray:
 
 @pytest.mark.parametrize("shape", ["disc", "scattered"])
 def test_imputation_solves_the_equations_below_its_noise(shape: str) -> None:
-    pixels = np.asarray(picture())
+    pixels = np.asarray(random_image())
     rows, columns = np.mgrid[:24, :32]
     disc = np.hypot(rows - 12, columns - 14) > 8
     kept = disc if shape == "disc" else np.random.default_rng(1).random((24, 32)) < 0.4
     imputed = noisy_linear_imputation(pixels, np.stack([kept, ~kept]), noise=0.0)
     for mask, result in zip((kept, ~kept), imputed, strict=True):
         np.testing.assert_array_equal(result[mask], pixels[mask])
-        assert np.abs(result - means_of_neighbours(pixels, mask)).mean() < 0.01 * 255
+        assert np.abs(result - means_of_neighbors(pixels, mask)).mean() < 0.01 * 255
     shaken = noisy_linear_imputation(pixels, kept[None], noise=0.02)[0].astype(float)
     assert (shaken - imputed[0])[~kept].std() == pytest.approx(0.02 * 255, rel=0.15)
 
 
-def test_imputation_without_anything_kept_is_the_mean_colour() -> None:
-    pixels = np.asarray(picture())
+def test_imputation_without_anything_kept_is_the_mean_color() -> None:
+    pixels = np.asarray(random_image())
     imputed = noisy_linear_imputation(pixels, np.zeros((1, 24, 32), bool), noise=0.0)
     np.testing.assert_allclose(imputed[0], np.broadcast_to(pixels.mean((0, 1)).round(), pixels.shape), atol=1)
     with pytest.raises(ValueError, match="must be"):
         noisy_linear_imputation(pixels, np.zeros((24, 32), bool))
 
 
-def test_a_picture_is_scored_with_its_removed_pixels_imputed() -> None:
-    original, white = picture(), Image.new("RGB", (32, 24), "white")
+def test_an_image_is_scored_with_its_removed_pixels_imputed() -> None:
+    original, white = random_image(), Image.new("RGB", (32, 24), "white")
     shown: list[Image.Image] = []
 
-    def score(pictures: list[Image.Image]) -> torch.Tensor:
-        shown.extend(pictures)
-        return torch.tensor([float(np.asarray(p)[:, :16].mean()) for p in pictures])
+    def score(images: list[Image.Image]) -> torch.Tensor:
+        shown.extend(images)
+        return torch.tensor([float(np.asarray(p)[:, :16].mean()) for p in images])
 
     removal = ImageRemoval(score, original, white)
     left = torch.zeros(3, 4)
@@ -148,7 +148,7 @@ def test_a_picture_is_scored_with_its_removed_pixels_imputed() -> None:
 
 @pytest.mark.parametrize("imputation", ["blur", "mean", "noisy_linear"])
 def test_every_imputation_keeps_what_is_kept(imputation: str) -> None:
-    original = picture()
+    original = random_image()
     kept = np.random.default_rng(0).random((2, 24, 32)) < 0.5
     imputer = Imputer(original, imputation)  # type: ignore[arg-type]
     for mask, shown in zip(kept, imputer(kept), strict=True):
@@ -160,15 +160,15 @@ def test_every_imputation_keeps_what_is_kept(imputation: str) -> None:
 
 def test_a_wrong_imputation_is_refused() -> None:
     with pytest.raises(ValueError, match="blur, mean, noisy_linear"):
-        ImageRemoval(len, picture(), "black")  # type: ignore[arg-type]
+        ImageRemoval(len, random_image(), "black")  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="must be a PIL image, got str"):
         Imputer("photo.png")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"Masks of shape \(1, 1\)"):
-        Imputer(picture())([[True]])  # type: ignore[arg-type]
+        Imputer(random_image())([[True]])  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"size \(5, 5\)"):
-        ImageRemoval(len, picture(), Image.new("RGB", (5, 5)))  # type: ignore[arg-type]
+        ImageRemoval(len, random_image(), Image.new("RGB", (5, 5)))  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"Masks of shape \(1, 2, 2\)"):
-        ImageRemoval(len, picture()).pictures(np.ones((1, 2, 2), bool))  # type: ignore[arg-type]
+        ImageRemoval(len, random_image()).images(np.ones((1, 2, 2), bool))  # type: ignore[arg-type]
 
 
 class RecordedScorer:
@@ -177,9 +177,9 @@ class RecordedScorer:
     answer_ids = (7, 8, 9)
 
     def without_tokens(
-        self, pictures: object, positions: torch.Tensor, removed: torch.Tensor, baseline: int | None
+        self, images: object, positions: torch.Tensor, removed: torch.Tensor, baseline: int | None
     ) -> torch.Tensor:
-        self.seen = pictures, baseline
+        self.seen = images, baseline
         total = (positions * ~removed).sum(1, keepdim=True)
         return -total / 100 / torch.tensor([1.0, 2.0, 3.0])
 

@@ -35,8 +35,8 @@ def test_scores_by_hand() -> None:
     # Otsu of HOT and WIDE: 0. Noun: the cell itself, 1/1; with WIDE 1/2. Function word: cells below the mean threshold.
     assert tam_scores([HOT, COLD], [[0], [1]], [1, FUNCTION_WORD], MASK) == TAMScores([1.0], [0.0])
     assert tam_scores([WIDE], [[0]], [1], MASK) == TAMScores([0.5], [])
-    grey = np.array([[10, 10], [10, 250]], np.uint8)
-    assert tam_scores([grey, COLD], [[0], [1]], [OTHER_NOUN, FUNCTION_WORD], MASK) == TAMScores([], [1.0])
+    gray = np.array([[10, 10], [10, 250]], np.uint8)
+    assert tam_scores([gray, COLD], [[0], [1]], [OTHER_NOUN, FUNCTION_WORD], MASK) == TAMScores([], [1.0])
     assert tam_scores([torch.from_numpy(HOT)], [[0]], [OTHER_WORD], torch.from_numpy(MASK)) == TAMScores([], [])
 
 

@@ -152,7 +152,7 @@ def curious(kind: str) -> Any:
             return output.index_fill(-1, torch.tensor([4, 50]), float("-inf"))
         if kind == "nonlinear":
             return output + 3 * output.square()
-        return output.roll(1, dims=-2)  # "neighbours": of another position
+        return output.roll(1, dims=-2)  # "neighbors": of another position
 
     model.lm_head.register_forward_hook(change)
     return model
@@ -192,7 +192,7 @@ def test_replay_with_a_models_own_inputs() -> None:
 
 def test_a_model_whose_logits_the_lens_cannot_give_is_refused() -> None:
     with pytest.raises(ValueError, match="lens would be wrong"):
-        LogitLens(curious("neighbours"))
+        LogitLens(curious("neighbors"))
 
 
 def test_hooks_are_given_back(model: Any) -> None:

@@ -28,7 +28,7 @@ from transformers.models.layoutlmv3 import image_processing_layoutlmv3 as layout
 
 from tests.testing import tiny
 
-# UDOP's processor reads the words of the picture with a program that need not be here.
+# UDOP's processor reads the words of the image with a program that need not be here.
 if not layoutlmv3.is_pytesseract_available():
     layoutlmv3.requires_backends = lambda *names: None
     layoutlmv3.pytesseract = SimpleNamespace(
@@ -43,7 +43,7 @@ FAMILIES: tuple[str, ...] = tuple(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES)
 
 LEFT_OUT: dict[str, str] = {
     "evolla": "reads proteins: EvollaProcessor has no image processor",
-    "mistral4": "reads no pictures: Mistral4ForCausalLM has no vision tower and no processor",
+    "mistral4": "reads no images: Mistral4ForCausalLM has no vision tower and no processor",
     "pi0": "returns robot actions: PI0ForConditionalGeneration has no language-model head",
 }
 
@@ -65,7 +65,7 @@ class Family:
         ids: entries of the configuration and the tokens whose ids they are.
         pieces: what the tokenizer puts before every text, and further tokens that are not special to it.
         vocabulary: tokens that go into the configuration's ``vocabulary_map``.
-        placeholder: a picture in the chat template; None for the processor's image token.
+        placeholder: an image in the chat template; None for the processor's image token.
         image_token: whose id the configuration calls the image token; None for the processor's.
         tokens_per_image: as the processor counts them; None for what the patch grid gives.
         video: options of the image processor that the video processor shares, besides the sizes of patches.
@@ -104,8 +104,8 @@ def _rope(*sections: int, theta: float = 1e4) -> dict[str, Any]:
     return {"rope_type": "default", "rope_theta": theta, "mrope_section": list(sections)}
 
 
-# Quantisers of the families that turn pictures into words of their vocabulary.
-_QUANTISER: dict[str, Any] = {
+# Quantizers of the families that turn images into words of their vocabulary.
+_QUANTizER: dict[str, Any] = {
     "vq_config.base_channels": 32,
     "vq_config.num_res_blocks": 1,
     "vq_config.latent_channels": 16,
@@ -132,7 +132,7 @@ _GEMMA3N_TOWER = transformers.ResNetConfig(
     rms_norm_eps=1e-6,
 )
 _PINPOINTS = [[128, 256], [256, 128], [256, 256], [384, 128], [128, 384]]
-# Their processors count a picture as two frames.
+# Their processors count an image as two frames.
 _GLM: dict[str, Any] = dict(image=dict(size=dict(shortest_edge=8 * 28**2, longest_edge=80 * 28**2)))
 _MINICPM: dict[str, Any] = dict(
     config={"insert_layer_id": 0, "vision_config.insert_layer_id": 0},
@@ -150,7 +150,7 @@ _CHAMELEON_WORDS = [f"IMGIMG{''.join(chr(ord('A') + int(digit)) for digit in str
 _EMU3_WORDS = ["<|extra_200|>", *(f"<|visual token {i:06d}|>" for i in range(64))]
 
 TABLE: dict[str, Family] = {
-    # AriaImageProcessor knows two sizes of picture only.
+    # AriaImageProcessor knows two sizes of image only.
     "aria": Family(
         config={
             "projector_patch_to_query_dict": {49: 128},
@@ -161,12 +161,12 @@ TABLE: dict[str, Family] = {
         attributes={"images_kwargs": dict(max_image_size=490, min_image_size=336)},
     ),
     "chameleon": Family(
-        config=_QUANTISER | {"vq_config.resolution": 128, "vq_config.channel_multiplier": [1, 1, 1, 1, 1]},
+        config=_QUANTizER | {"vq_config.resolution": 128, "vq_config.channel_multiplier": [1, 1, 1, 1, 1]},
         image=dict(size={"shortest_edge": 128}, crop_size=_square(128)),
         vocabulary=_CHAMELEON_WORDS,
     ),
     "emu3": Family(
-        config=_QUANTISER
+        config=_QUANTizER
         | {
             "vq_config.codebook_size": 64,
             "vq_config.channel_multiplier": [1, 1, 1, 1],
@@ -178,7 +178,7 @@ TABLE: dict[str, Family] = {
         vocabulary=_EMU3_WORDS,
     ),
     "janus": Family(
-        config=_QUANTISER
+        config=_QUANTizER
         | {
             "vq_config.channel_multiplier": [1, 1],
             "vq_config.projection_dim": WIDTH,
@@ -207,7 +207,7 @@ TABLE: dict[str, Family] = {
     ),
     "cosmos3_omni": Family(processor_class="Qwen3VLProcessor"),
     "deepseek_ocr2": Family(
-        # The size of the picture is fixed by that of the queries, which makes its attention slow.
+        # The size of the image is fixed by that of the queries, which makes its attention slow.
         config=_SAM
         | {
             "vision_config.sam_config.global_attn_indexes": [],
@@ -570,7 +570,7 @@ def _one(value: Any) -> Any:
 
 
 def _set_grids(config: dict[str, Any]) -> None:
-    """Pictures of GRID x GRID patches, in every part of a configuration that has both sizes."""
+    """Images of GRID x GRID patches, in every part of a configuration that has both sizes."""
     patch, size = _one(config.get("patch_size")), config.get("image_size")
     if isinstance(patch, int) and size:
         # SAM's neck halves the grid twice.
@@ -777,9 +777,9 @@ def _processor(model_type: str, row: Family, config: Any) -> Any:
     image = token if row.placeholder is None else row.placeholder
     video = str(getattr(processor, "video_token", None) or "<video>")
     video = image.replace(token, video) if token in image else video
-    if "<|begin_of_video|>" in tokenizer.get_vocab():  # GLM's tell frames from pictures by it.
+    if "<|begin_of_video|>" in tokenizer.get_vocab():  # GLM's tell frames from images by it.
         video = f"<|begin_of_video|>{video}<|end_of_video|>"
-    # Between two pictures stands a sign, as in real templates; some models tell pictures apart by it.
+    # Between two images stands a sign, as in real templates; some models tell images apart by it.
     processor.chat_template = tiny.chat_template(f"{image} ," if image else image, video)
     return processor
 
@@ -845,7 +845,7 @@ def build(model_type: str, seed: int = 0) -> tuple[PreTrainedModel, Any]:
         torch.manual_seed(seed)
         model = getattr(transformers, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES[model_type])(config)
         for parameter in model.requires_grad_(False).parameters():
-            # Gates and projections that begin closed would hide the picture.
+            # Gates and projections that begin closed would hide the image.
             if parameter.ndim > 1 and parameter.numel() > 1 and parameter.std() == 0:
                 parameter.add_(0.1 * torch.randn_like(parameter))
         model = tiny.finished(model, processor.tokenizer)
@@ -861,16 +861,16 @@ def build(model_type: str, seed: int = 0) -> tuple[PreTrainedModel, Any]:
 
 
 def prepare(model: Any, processor: Any, images: Sequence[Image.Image], question: str) -> dict[str, Any]:
-    """Model inputs of one question about pictures, float32 where they are not integers."""
+    """Model inputs of one question about images, float32 where they are not integers."""
     content = [*({"type": "image"} for _ in images), {"type": "text", "text": question}]
     text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
     options: dict[str, Any] = dict(return_tensors="pt", add_special_tokens=False)
     if "mm_token_type_ids" in inspect.signature(model.forward).parameters:
         options["return_mm_token_type_ids"] = True
     if getattr(processor, "image_processor", None) is None:
-        # A model of videos sees a picture as four frames that are all the same.
+        # A model of videos sees an image as four frames that are all the same.
         images = [image for image in images for _ in range(4)]
-    if model.config.model_type == "idefics":  # Texts and pictures in their order, to which it puts its own first token.
+    if model.config.model_type == "idefics":  # Texts and images in their order, to which it puts its own first token.
         before, after = text.removeprefix(processor.tokenizer.bos_token).split("<image>")
         batch = processor(text=[[before, *images, after]], **options)
     else:

@@ -17,7 +17,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from transformers.models.smolvlm import processing_smolvlm
 
-__all__ = ["MODEL_TYPES", "WORDS", "chat_template", "finished", "picture", "tiny", "tokenizer_of"]
+__all__ = ["MODEL_TYPES", "WORDS", "chat_template", "finished", "random_image", "tiny", "tokenizer_of"]
 
 MODEL_TYPES = ("qwen2_vl", "qwen2_5_vl", "llava", "smolvlm", "idefics3", "internvl")
 
@@ -32,8 +32,8 @@ if processing_smolvlm.num2words is None:
     processing_smolvlm.num2words = str
 
 
-def picture(width: int = 200, height: int = 136, seed: int = 0) -> Image.Image:
-    """A smooth random picture, whose detail no resizing loses."""
+def random_image(width: int = 200, height: int = 136, seed: int = 0) -> Image.Image:
+    """A smooth random image, whose detail no resizing loses."""
     coarse = np.random.default_rng(seed).integers(0, 255, (max(1, height // 8), max(1, width // 8), 3), np.uint8)
     return Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
 
@@ -234,10 +234,10 @@ def _internvl() -> tuple[Any, Any]:
 
 
 def finished(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
-    """The model in float32, frozen, with weights that let the picture through and settings to generate words."""
+    """The model in float32, frozen, with weights that let the image through and settings to generate words."""
     model = model.float().eval().requires_grad_(False)
     for name, parameter in model.named_parameters():
-        # A real checkpoint has neither constant gains and gates nor weights so small that the picture drowns.
+        # A real checkpoint has neither constant gains and gates nor weights so small that the image drowns.
         if parameter.ndim < 2 or parameter.numel() == 1:
             parameter.add_(0.1 * torch.randn_like(parameter))
         elif "embed" not in name or "patch" in name:

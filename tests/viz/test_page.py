@@ -32,16 +32,16 @@ def words_of(texts: list[str], separator: str, probability: float | None) -> tup
     return separator.join(texts), words
 
 
-def explanation(answer: list[str], separator: str = " ", grid: tuple[int, int] = (6, 8), pictures: int = 1) -> Any:
+def explanation(answer: list[str], separator: str = " ", grid: tuple[int, int] = (6, 8), images: int = 1) -> Any:
     rng = np.random.default_rng(0)
     prompt_text, prompt_words = words_of(["what", "is", "this?"], " ", None)
     answer_text, words = words_of(answer, separator, 0.5)
     parts = {"prompt": (0, 3), "answer": (3, 3 + len(words))}
-    maps = [rng.gamma(1.0, 2.0, size=(3 + len(words), *grid)).astype(np.float32) for _ in range(pictures)]
+    maps = [rng.gamma(1.0, 2.0, size=(3 + len(words), *grid)).astype(np.float32) for _ in range(images)]
     maps[0][1] = 0
     relevance = np.tril(rng.uniform(size=(3 + len(words),) * 2), -1).astype(np.float32)
     return SimpleNamespace(
-        images=[Image.effect_noise((80, 60), 60).convert("RGB") for _ in range(pictures)],
+        images=[Image.effect_noise((80, 60), 60).convert("RGB") for _ in range(images)],
         prompt=prompt_text, answer=answer_text, words=words, prompt_words=prompt_words,
         word_maps=lambda part: [values[slice(*parts[part])] for values in maps],
         word_relevance=lambda part: relevance[slice(*parts[part])],
@@ -105,7 +105,7 @@ def test_text_between_words_is_kept() -> None:
 
 
 def test_needs_no_network_and_has_a_strict_policy() -> None:
-    html = render_html(explanation(["a", "dog"], pictures=2))
+    html = render_html(explanation(["a", "dog"], images=2))
     page = Page(html)
     assert not re.search(r"https?://|@import|url\(", html)
     assert not any(tag in ("link", "iframe", "object", "base") for tag, _ in page.tags)
@@ -118,8 +118,8 @@ def test_needs_no_network_and_has_a_strict_policy() -> None:
         assert base64.b64encode(sha256(content.encode()).digest()).decode() in policy
 
 
-def test_maps_and_relevance_survive_quantisation() -> None:
-    shown = explanation(["a", "dog", "."], pictures=2)
+def test_maps_and_relevance_survive_quantization() -> None:
+    shown = explanation(["a", "dog", "."], images=2)
     data = Page(render_html(shown)).data
     expected = [np.concatenate(pair) for pair in zip(shown.word_maps("prompt"), shown.word_maps("answer"), strict=True)]
     peaks = np.max([grids.max((1, 2)) for grids in expected], axis=0)
@@ -177,10 +177,10 @@ def test_overview_says_what_it_left_out(tmp_path: Path, monkeypatch: pytest.Monk
     assert [text for text in texts if len(text) == 1] == ["abcde"[i] for i in strongest]
 
 
-def test_overview_needs_a_picture(tmp_path: Path) -> None:
+def test_overview_needs_an_image(tmp_path: Path) -> None:
     shown = explanation(["a"])
     shown.images = []
-    with pytest.raises(ValueError, match="picture"):
+    with pytest.raises(ValueError, match="image"):
         draw_overview(shown, tmp_path / "overview.png")
 
 

@@ -35,11 +35,11 @@ FLAGS = (
 )  # fmt: skip
 
 
-def explanation(seed: int = 7, repeat: int = 1, pictures: int = 1) -> Any:
+def explanation(seed: int = 7, repeat: int = 1, images: int = 1) -> Any:
     """A composed scene with its blurred masks as heatmaps and plausible relevances."""
     rng = np.random.default_rng(seed)
-    scenes = [compose(seed + i) for i in range(pictures)]
-    prompt = "what do you see?" if pictures == 1 else "what do the pictures show?"
+    scenes = [compose(seed + i) for i in range(images)]
+    prompt = "what do you see?" if images == 1 else "what do the images show?"
     answer = "\n".join([" ".join(scene.description for scene in scenes)] * repeat)
 
     def split(text: str) -> list[Any]:
@@ -55,7 +55,7 @@ def explanation(seed: int = 7, repeat: int = 1, pictures: int = 1) -> Any:
     def map_of(word: str, scene: Any) -> np.ndarray:
         noise = rng.uniform(0, 0.07, size=(12, 16))
         for item, mask in zip(scene.objects, scene.masks, strict=True):
-            if word in (item.name, item.colour):
+            if word in (item.name, item.color):
                 blurred = Image.fromarray((255 * mask).astype(np.uint8)).filter(ImageFilter.GaussianBlur(8))
                 noise = noise + np.asarray(blurred.resize((16, 12), Image.Resampling.BOX)) / 255 * rng.uniform(0.6, 1)
         return noise
@@ -223,8 +223,8 @@ def test_opacity_slider(page: Any) -> None:
     assert page.execute_script(script) == "0.3"
 
 
-def test_several_pictures_and_a_long_answer(browser: Any, tmp_path: Path) -> None:
-    page = open_page(browser, tmp_path, explanation(repeat=12, pictures=3))
+def test_several_images_and_a_long_answer(browser: Any, tmp_path: Path) -> None:
+    page = open_page(browser, tmp_path, explanation(repeat=12, images=3))
     assert len(page.find_elements("css selector", ".word")) > 400
     assert len(page.find_elements("css selector", "canvas.heatmap")) == 3
     script = """

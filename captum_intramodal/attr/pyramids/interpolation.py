@@ -14,7 +14,7 @@ __all__ = []
 
 
 def resize_nearest(value: Tensor, size: Sequence[int]) -> Tensor:
-    """The last dimensions brought to a size by nearest neighbour, in any dtype."""
+    """The last dimensions brought to a size by nearest neighbor, in any dtype."""
     for dim, new in zip(range(-len(size), 0), size, strict=True):
         index = (torch.arange(new, device=value.device) + 0.5) * (value.shape[dim] / new)
         value = value.index_select(dim, index.long())
@@ -32,7 +32,7 @@ def resize_linear(value: Tensor, size: Sequence[int]) -> Tensor:
 
 
 def resample_pixel_values(values: Tensor, source: PixelMap, target: PixelMap, preserve_sum: bool) -> Tensor:
-    """Values at a pixel tensor's elements, interpolated at another's of the same pictures."""
+    """Values at a pixel tensor's elements, interpolated at another's of the same images."""
     leading = values.shape[: values.ndim - len(source.shape)]
     flat = values.reshape(-1, *source.shape)
     result = torch.zeros(len(flat), len(target.gain), device=values.device)
@@ -43,8 +43,8 @@ def resample_pixel_values(values: Tensor, source: PixelMap, target: PixelMap, pr
         grid = (max(1, round(height / pitch[1])), max(1, round(width / pitch[0])))
         # Sums and counts are interpolated alike, so that their ratio is a mean and empty cells count for nothing.
         cells = torch.cat([source.fold(flat, grid, image), source.fold(torch.ones_like(flat[:1]), grid, image)])
-        centre = (target.lower + target.upper)[:, shown] / torch.tensor(size)[:, None] - 1
-        points = centre.T.to(cells)[None, None]
+        center = (target.lower + target.upper)[:, shown] / torch.tensor(size)[:, None] - 1
+        points = center.T.to(cells)[None, None]
         sampled = F.grid_sample(cells[None], points, mode="bilinear", padding_mode="border", align_corners=False)[
             0, :, 0
         ]

@@ -23,7 +23,7 @@ def layer_arguments(
 ) -> Arguments:
     r"""
     The arguments at a scale, with those in the frame of the method's layer brought to the layer's size there:
-    ``layer_mask`` by nearest neighbour, ``layer_baselines`` by interpolation, and the place in ``neuron_selector``.
+    ``layer_mask`` by nearest neighbor, ``layer_baselines`` by interpolation, and the place in ``neuron_selector``.
 
     Args:
 

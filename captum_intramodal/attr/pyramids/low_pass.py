@@ -19,12 +19,12 @@ class LowPass:
     The input loses what a smaller one could not show, and keeps its size: for models of a fixed input size.
 
     Inputs are shrunk (antialiased where torch can) and enlarged again; ``baselines`` of their spatial size and
-    floating-point ``additional_forward_args`` alike. Everything else stays as it is, attributions too. A picture has
+    floating-point ``additional_forward_args`` alike. Everything else stays as it is, attributions too. An image has
     nothing that an enlarged one would show and it does not: at scales above 1 it is left as it is.
 
     Args:
 
-        inputs (Sequence[int], optional): Which inputs go to a scale, counted from 0; (0,) for a picture and embeddings
+        inputs (Sequence[int], optional): Which inputs go to a scale, counted from 0; (0,) for an image and embeddings
                     (N, tokens, width), whose width is no size.
                     Default: None, those with one to three spatial dimensions.
         forward_args (Sequence[int], optional): Which of ``additional_forward_args`` follow, counted from 0.

@@ -21,31 +21,31 @@ __all__ = ["Reprocess"]
 
 class Reprocess:
     r"""
-    The pictures have another size, and go through the model's own processor: its pixel tensors are the inputs.
+    The images have another size, and go through the model's own processor: its pixel tensors are the inputs.
 
     For models whose processor is not differentiable, or whose pixel tensors (packed patches, tiles and thumbnail) have
     no spatial dimensions that could be resized. What each element of the tensors samples is measured at every scale
     (:func:`~captum_intramodal.coordinates.measure_pixels`). Attributions come back in the shape of the original tensor:
-    each of its elements takes what was attributed around its place in the picture, in whichever tile. Colours share it
+    each of its elements takes what was attributed around its place in the image, in whichever tile. Colors share it
     equally; padding gets 0.
 
-    The inputs must be what the processor makes of the pictures, by themselves or behind a batch dimension of 1 (which
+    The inputs must be what the processor makes of the images, by themselves or behind a batch dimension of 1 (which
     packed patches need, so that Captum does not take patches for examples). Noise belongs inside:
     ``MSEA(NoiseTunnel(method), pyramid=Reprocess(...))``.
 
-    What follows, given in the frame of the pictures: ``baselines``, a PIL picture, or one for each picture (or a
-    number); ``feature_mask``, int64 (height, width) segments, or one such tensor for each picture. The first of
+    What follows, given in the frame of the images: ``baselines``, a PIL image, or one for each image (or a
+    number); ``feature_mask``, int64 (height, width) segments, or one such tensor for each image. The first of
     ``additional_forward_args`` are replaced by the processor's other tensors.
 
     Args:
 
-        prepare (Callable): From a list of PIL pictures to the model's inputs by name, such as
+        prepare (Callable): From a list of PIL images to the model's inputs by name, such as
                     ``lambda images: processor(images=images, text=[text], return_tensors="pt")``.
-        images (Sequence[PIL.Image.Image]): The pictures.
+        images (Sequence[PIL.Image.Image]): The images.
         inputs (Sequence[str], optional): Names of the pixel tensors that are the inputs, in their order.
                     Default: ``("pixel_values",)``
         forward_args (Sequence[str], optional): Names of the first ``additional_forward_args``, in their order; those
-                    that depend on the pictures' size, such as ``("input_ids", "image_grid_thw")``.
+                    that depend on the images' size, such as ``("input_ids", "image_grid_thw")``.
                     Default: ``()``
 
     Examples::
@@ -53,8 +53,8 @@ class Reprocess:
         >>> def forward(pixel_values, input_ids, grid):  # one example after the other
         ...     return torch.cat([model(pixel_values=p, input_ids=i[None], image_grid_thw=g[None]).logits[:, -1]
         ...                       for p, i, g in zip(pixel_values, input_ids, grid)])
-        >>> inputs = prepare([picture])
-        >>> pyramid = Reprocess(prepare, [picture], forward_args=("input_ids", "image_grid_thw"))
+        >>> inputs = prepare([image])
+        >>> pyramid = Reprocess(prepare, [image], forward_args=("input_ids", "image_grid_thw"))
         >>> msea = MSEA(InputXGradient(forward), scales=(0.5, 1.0), pyramid=pyramid)
         >>> attribution = msea.attribute(inputs["pixel_values"][None], target=7,
         ...                              additional_forward_args=(inputs["input_ids"], inputs["image_grid_thw"]))
@@ -78,11 +78,11 @@ class Reprocess:
     def down(
         self, inputs: tuple[Tensor, ...], kwargs: Mapping[str, Any], scale: float
     ) -> tuple[tuple[Tensor, ...], Arguments]:
-        """The processor's tensors of the resized pictures; see :meth:`Pyramid.down`.
+        """The processor's tensors of the resized images; see :meth:`Pyramid.down`.
 
         Raises:
-            ValueError: the inputs are not what the processor makes of the pictures, or an argument is not given in the
-                frame of the pictures.
+            ValueError: the inputs are not what the processor makes of the images, or an argument is not given in the
+                frame of the images.
         """
         self._check_inputs(inputs)
         prepared = self.prepare(self._resized(self.images, scale))
@@ -94,7 +94,7 @@ class Reprocess:
         if bad := [name for name in ("sliding_window_shapes", "strides") if kwargs.get(name) is not None]:
             raise ValueError(
                 f"{', '.join(bad)}: no window slides over the processor's elements; pass windows as segments of the "
-                "picture, feature_mask (height, width), to FeatureAblation."
+                "image, feature_mask (height, width), to FeatureAblation."
             )
         single = len(inputs) == 1
         if kwargs.get("feature_mask") is not None:
@@ -103,12 +103,12 @@ class Reprocess:
         if (baselines := kwargs.get("baselines")) is not None:
             if isinstance(baselines, Image.Image):
                 baselines = [baselines] * len(self.images)
-            if isinstance(baselines, Sequence) and all(isinstance(picture, Image.Image) for picture in baselines):
+            if isinstance(baselines, Sequence) and all(isinstance(image, Image.Image) for image in baselines):
                 rows = self._like(self.prepare(self._resized(baselines, scale)), inputs)
                 arguments["baselines"] = rows[0] if single else rows
             elif not all(isinstance(value, (int, float)) for value in as_tuple(baselines)):
                 raise ValueError(
-                    "baselines must be numbers, or a PIL picture for each picture, which goes through the processor at "
+                    "baselines must be numbers, or a PIL image for each image, which goes through the processor at "
                     f"every scale; got {type(baselines).__name__}."
                 )
         return self._like(prepared, inputs), arguments
@@ -136,21 +136,19 @@ class Reprocess:
             for part, source, target in zip(attributions, sources, targets, strict=True)
         )
 
-    def _resized(self, pictures: Sequence[Image.Image], scale: float) -> list[Image.Image]:
+    def _resized(self, images: Sequence[Image.Image], scale: float) -> list[Image.Image]:
         sizes = [(max(1, round(i.width * scale)), max(1, round(i.height * scale))) for i in self.images]
         return [
-            picture if picture.size == size else picture.resize(size, Image.Resampling.BICUBIC)
-            for picture, size in zip((p.convert("RGB") for p in pictures), sizes, strict=True)
+            image if image.size == size else image.resize(size, Image.Resampling.BICUBIC)
+            for image, size in zip((p.convert("RGB") for p in images), sizes, strict=True)
         ]
 
     def _pixels(self, scale: float) -> list[PixelMap]:
         """What the elements of each pixel tensor sample."""
         if scale not in self._maps:
-            measured = measure_pixels(self.prepare, [picture.size for picture in self._resized(self.images, scale)])
+            measured = measure_pixels(self.prepare, [image.size for image in self._resized(self.images, scale)])
             if missing := [name for name in self.inputs if name not in measured]:
-                raise ValueError(
-                    f"The processor's tensors that follow the pictures are {list(measured)}, not {missing}."
-                )
+                raise ValueError(f"The processor's tensors that follow the images are {list(measured)}, not {missing}.")
             self._maps[scale] = [measured[name] for name in self.inputs]
         return self._maps[scale]
 
@@ -169,22 +167,22 @@ class Reprocess:
             if given.shape != made.shape or not torch.allclose(given, made, atol=1e-3, equal_nan=True):
                 raise ValueError(
                     f"The input of shape {tuple(given.shape)} is not {name!r}, of shape {tuple(made.shape)}, that the "
-                    "processor makes of the pictures. What changes inputs, such as NoiseTunnel, belongs inside MSEA."
+                    "processor makes of the images. What changes inputs, such as NoiseTunnel, belongs inside MSEA."
                 )
 
     def _feature_masks(
         self, segmentations: Tensor | Sequence[Tensor], inputs: tuple[Tensor, ...], scale: float
     ) -> tuple[Tensor, ...]:
         segments = [segmentations] if isinstance(segmentations, Tensor) else list(segmentations)
-        sizes = [(picture.height, picture.width) for picture in self.images]
+        sizes = [(image.height, image.width) for image in self.images]
         if [tuple(s.shape) for s in segments] != sizes:
             raise ValueError(
-                f"feature_mask must be one (height, width) segmentation per picture, {sizes}; got "
+                f"feature_mask must be one (height, width) segmentation per image, {sizes}; got "
                 f"{[tuple(s.shape) for s in segments]}."
             )
         resized = [
-            resize_nearest(s, (picture.height, picture.width))
-            for s, picture in zip(segments, self._resized(self.images, scale), strict=True)
+            resize_nearest(s, (image.height, image.width))
+            for s, image in zip(segments, self._resized(self.images, scale), strict=True)
         ]
         return tuple(
             mask.reshape(*[1] * (tensor.ndim - mask.ndim), *mask.shape).to(tensor.device)

@@ -20,8 +20,8 @@ class Resize:
     The input itself has another size: for models that take any.
 
     What follows, where it has the spatial size of its input: ``baselines`` (tensors of any number of rows, also a
-    distribution's; what a callable returns), by interpolation; ``feature_mask``, by nearest neighbour;
-    ``additional_forward_args``, floating-point ones by interpolation, others by nearest neighbour.
+    distribution's; what a callable returns), by interpolation; ``feature_mask``, by nearest neighbor;
+    ``additional_forward_args``, floating-point ones by interpolation, others by nearest neighbor.
     ``sliding_window_shapes`` and ``strides`` are multiplied, rounded and kept within 1 and the input's size; the
     channel dimension is left alone. Inputs without spatial dimensions, and numbers, stay as they are.
 
@@ -30,7 +30,7 @@ class Resize:
         interpolate_mode (str, optional): ``'linear'`` (bilinear or trilinear as the input has 2 or 3 spatial
                     dimensions) or ``'nearest'``, for the way down and back; shrinking is antialiased where torch can.
                     Default: ``'linear'``
-        inputs (Sequence[int], optional): Which inputs go to a scale, counted from 0; (0,) for a picture and embeddings
+        inputs (Sequence[int], optional): Which inputs go to a scale, counted from 0; (0,) for an image and embeddings
                     (N, tokens, width), whose width is no size.
                     Default: None, those with one to three spatial dimensions.
         forward_args (Sequence[int], optional): Which of ``additional_forward_args`` follow, counted from 0.
