@@ -60,14 +60,16 @@ from captum_intramodal.adapter import prefix_cache
 from captum_intramodal.adapter.prefix_cache import visual_states
 from captum_intramodal.adapter.text_tokens import TextTokens
 from captum_intramodal.explanation.activations import Activations
-from captum_intramodal.explanation.explain import relate, suppress_together
-from captum_intramodal.explanation.scale_maps import TokenScaleMaps, resize_images
+from captum_intramodal.explanation.context import relate, suppress_together
+from captum_intramodal.explanation.scale_maps import TokenScaleMaps
+from captum_intramodal.explanation.scale_views import resize_images
 from captum_intramodal.functional.aggregation import DEFAULT_SCALES, normalized_weights
 from captum_intramodal.functional.rank_overlap import pairwise_rank_biased_overlap
 from captum_intramodal.functional.rasterize import raster_grid, rasterize
 from captum_intramodal.functional.tam import estimated_causal_inference, rank_gaussian_filter
 from captum_intramodal.geometry.token_geometry import TokenGeometry
-from captum_intramodal.models.hooks import evaluation_mode, run_layers
+from captum_intramodal.models.early_exit import run_layers
+from captum_intramodal.models.hooks import evaluation_mode
 from captum_intramodal.models.logit_lens import LogitLens
 
 matplotlib.use("Agg")

@@ -1,4 +1,4 @@
-r"""The errors that a user can cause: each says what was given and what to do about it.
+r"""The errors that a user can cause. Each message tells what was given and what to do about it.
 
 All derive from :class:`IntramodalError`, which is a :class:`ValueError`. A wrong *type* raises :class:`TypeError`, as
 everywhere in Python.
@@ -38,11 +38,11 @@ class InvalidOptionError(IntramodalError):
 
 
 class SpecError(InvalidOptionError):
-    """A text specification (``name:option=value,...``) names something that does not exist, or cannot be parsed."""
+    """A text specification (``name:option=value,...``) cannot be parsed, or names something that does not exist."""
 
 
 class InvalidInputError(IntramodalError):
-    """Images, text or tensors do not have the shape, dtype, range or number that is needed."""
+    """Images, texts or tensors do not have the required shape, dtype, range or number."""
 
 
 class EmptyAnswerError(InvalidInputError):
@@ -50,11 +50,11 @@ class EmptyAnswerError(InvalidInputError):
 
 
 class UnsupportedModelError(IntramodalError):
-    """A model or its processor cannot do what was asked; other methods may still work."""
+    """A model or its processor does not support the requested method; other methods may still work."""
 
 
 class NoTokenGeometryError(UnsupportedModelError):
-    """The visual tokens of a model do not cover known regions of the image."""
+    """The image regions of a model's visual tokens are unknown."""
 
 
 class NoPixelMapError(UnsupportedModelError):

@@ -23,7 +23,7 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from captum_intramodal._utils.image import check_images, image_to_tensor
+from captum_intramodal._utils.image import check_images, image_to_tensor, resize_images
 from captum_intramodal._utils.spec import build, parse_spec, settings_of
 from captum_intramodal.adapter.answer_scorer import AnswerScorer
 from captum_intramodal.adapter.encoding import Encoding
@@ -33,26 +33,32 @@ from captum_intramodal.adapter.text_tokens import text_positions
 from captum_intramodal.attr.arc import ARC
 from captum_intramodal.attr.pixel_forward import PixelForward
 from captum_intramodal.attr.visual_token_attribution import VisualTokenAttribution, draw_positions
+from captum_intramodal.errors import NotApplicableError
 from captum_intramodal.explanation.activations import Activations, collect_answer_activations
-from captum_intramodal.explanation.explain import suppress_together
-from captum_intramodal.explanation.scale_maps import TokenScaleMaps, resize_images
-from captum_intramodal.explanation.scale_views import Method, select_views
+from captum_intramodal.explanation.context import suppress_together
+from captum_intramodal.explanation.options import CHANGED_DECISIONS, ChangedDecisions, Method
+from captum_intramodal.explanation.scale_maps import TokenScaleMaps
+from captum_intramodal.explanation.scale_views import select_views
 from captum_intramodal.functional.aggregation import (
     AGGREGATIONS,
-    CHANGED_DECISIONS,
     Aggregation,
-    ChangedDecisions,
     aggregate,
     check_scales,
     normalized_weights,
 )
+from captum_intramodal.functional.context_relevance import (
+    ContextRelevance,
+    RankingPosition,
+    Weighting,
+    check_arc_options,
+)
 from captum_intramodal.functional.imputation import Imputation, Imputer, check_imputation
 from captum_intramodal.functional.rank_overlap import Normalization
 from captum_intramodal.functional.rasterize import rasterize
-from captum_intramodal.functional.suppression import ContextRelevance, RankingPosition, Weighting, check_arc_options
 from captum_intramodal.functional.tam import token_activation_map
 from captum_intramodal.models.decoder import decoder_layers
 from captum_intramodal.models.hooks import evaluation_mode
+from captum_intramodal.models.ranking import DEFAULT_RANKING_LENGTH
 
 __all__ = [
     "EXPLAINERS",
@@ -165,7 +171,7 @@ class _Explainer(ABC):
         Raises:
             ValueError: an explainer that says nothing of text.
         """
-        raise ValueError(f"{self.name} explains images only.")
+        raise NotApplicableError(f"{self.name} explains images only.")
 
 
 # --- One reading of the model for several explainers -----------------------------------------------------------------
@@ -208,7 +214,7 @@ class PassRequest:
             return reading
         if not self.divisible or not known.divisible or reading.dropped or not set(self.scales) <= set(known.scales):
             return None
-        return replace(reading, levels=[level for level in reading.levels if level.scale in self.scales])
+        return replace(reading, scale_maps=[level for level in reading.scale_maps if level.scale in self.scales])
 
     def read(self, example: _Example) -> Activations:
         adapter, images, prompt, answer_ids = example
@@ -330,7 +336,7 @@ class _RankingOptions:
     """Options of ARC, as in :class:`captum_intramodal.ActivationRankingCorrelation`."""
 
     layers: Sequence[int] = (-1,)
-    k: int = 50
+    k: int = DEFAULT_RANKING_LENGTH
     p: float = 0.9
     normalization: Normalization = "truncated"
     weighting: Weighting = "irrelevance"
@@ -412,7 +418,7 @@ class LogitLensMaps(_Explainer):
 
     def maps(self, adapter: ModelAdapter, reading: Activations) -> list[Tensor]:
         """Of all text tokens."""
-        kept = [level.scale for level in reading.levels]
+        kept = [level.scale for level in reading.scale_maps]
         options = self if isinstance(self, MSEAMaps) else MSEAMaps()
         maps = reading.maps(options.weights_of(kept), options.aggregation, options.changed_decisions)
         return self.suppress(adapter, maps, reading) if isinstance(self, _RankingOptions) else maps
@@ -485,14 +491,16 @@ class TAM(_Explainer):
     ) -> list[Tensor]:
         image = _single(self, images)
         reading = _read((adapter, images, prompt, answer_ids), self.wish)
-        (level,) = reading.levels
+        (level,) = reading.scale_maps
         if not isinstance(level, TokenScaleMaps):
-            raise ValueError(f"TAM needs a map per visual token, which {type(adapter.model).__name__} does not have.")
+            raise NotApplicableError(
+                f"TAM needs a map per visual token, which {type(adapter.model).__name__} does not have."
+            )
         placed = level.geometry.is_local
         boxes = level.boxes(0, image.size)[placed]
         grid = len(boxes[:, 1].round().unique()), len(boxes[:, 0].round().unique())
         if grid[0] * grid[1] != len(boxes):
-            raise ValueError(
+            raise NotApplicableError(
                 f"TAM needs one raster of visual tokens, but the {len(boxes)} of this image have {grid[0]} different "
                 f"heights and {grid[1]} different places along them; tiles and thumbnails are none."
             )
@@ -636,7 +644,7 @@ class _AttentionMaps(_Explainer):
         shapes = sorted({tuple(a.shape) for a in attentions})
         enough = len(attentions) == layers if self.needs_all_layers else attentions
         if not enough or any(len(shape) != 4 or shape[2:] != (length, length) for shape in shapes):
-            raise ValueError(
+            raise NotApplicableError(
                 f"{type(adapter.model).__name__} gave self-attention of {len(attentions)} of its {layers} layers, of "
                 f"shape {', '.join(map(str, shapes)) or 'none'}; {self.name} needs (1, heads, {length}, {length}) of "
                 f"{'all layers' if self.needs_all_layers else 'at least one'}."
@@ -735,7 +743,7 @@ class AttentionXGradient(_AttentionMaps):
 
 def _check_sequence(explainer: Explainer, adapter: ModelAdapter, sizes: Sequence[tuple[int, int]]) -> None:
     if adapter.is_encoder_decoder or adapter.geometry(sizes).argument is not None:
-        raise ValueError(
+        raise NotApplicableError(
             f"{explainer.name} needs visual tokens in its decoder's sequence; {type(adapter.model).__name__} has none."
         )
 
@@ -1179,7 +1187,7 @@ def _check_positive(name: str, value: float) -> None:
 
 def _single(explainer: Explainer, images: Sequence[Image.Image]) -> Image.Image:
     if len(images) != 1:
-        raise ValueError(f"{explainer.name} explains answers about one image, got {len(images)}.")
+        raise NotApplicableError(f"{explainer.name} explains answers about one image, got {len(images)}.")
     return images[0]
 
 

@@ -1,1 +1,1 @@
-"""Helpers that know neither models nor explanations: memory, files, images, text specifications."""
+"""Helpers below all other packages: memory, files, images, provenance, registries and text specifications."""

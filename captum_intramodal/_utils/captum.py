@@ -1,4 +1,4 @@
-"""The private Captum helpers this package relies on, and what our wrappers owe Captum, in one place."""
+r"""All private Captum helpers that this package depends on, and the base class of wrappers around attributions."""
 
 from collections.abc import Callable
 from typing import Any
@@ -29,13 +29,13 @@ __all__ = [
 
 
 class WrapperAttribution(Attribution):
-    """An attribution around another one, ``attribution_method``: what Captum asks of it follows the inner one, also
-    when that is changed later."""
+    """Base class of attributions that wrap another one, ``attribution_method``, and share its forward function."""
 
     attribution_method: Any
 
     @property
     def forward_func(self) -> Callable[..., Any]:
+        """Forward function of the wrapped attribution; set it to change that one's."""
         return self.attribution_method.forward_func
 
     @forward_func.setter
@@ -44,12 +44,13 @@ class WrapperAttribution(Attribution):
 
     @property
     def multiplies_by_inputs(self) -> bool:
+        """Whether the wrapped attribution multiplies by its inputs."""
         return bool(self.attribution_method.multiplies_by_inputs)
 
     def has_convergence_delta(self) -> bool:
-        """False: what a wrapper changes is missing from the sum that completeness speaks of."""
+        """Return False: a wrapper's attributions do not sum to the difference that completeness requires."""
         return False
 
     def attribute_future(self) -> None:
-        """Not implemented."""
-        raise NotImplementedError(f"attribute_future is not implemented for {type(self).__name__}")
+        """Raise NotImplementedError."""
+        raise NotImplementedError(f"attribute_future is not implemented for {type(self).__name__}; use attribute.")

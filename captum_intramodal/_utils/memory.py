@@ -1,4 +1,4 @@
-r"""Work in parts, so that it fits into a bound of memory."""
+r"""Work in chunks that fit into a bound of memory, smaller ones if memory runs out all the same."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ from typing import TypeVar
 
 import torch
 
+from captum_intramodal.errors import InvalidOptionError
+
 __all__ = ["WORKING_MEMORY", "items_within", "run_in_chunks"]
 
-# Bytes that a step which works in parts takes at a time.
+# Default number of bytes that a step which works in chunks uses at a time.
 WORKING_MEMORY = 2**24
 
 
@@ -18,55 +20,60 @@ T = TypeVar("T")
 
 
 def items_within(working_memory: int, bytes_each: int) -> int:
-    """How many things of so many bytes fit into the working memory, at least one."""
+    """Return how many items of ``bytes_each`` bytes fit into the working memory, at least 1.
+
+    Raises:
+        InvalidOptionError: ``working_memory`` is below 1.
+    """
     if working_memory < 1:
-        raise ValueError(f"working_memory must be at least 1 byte, got {working_memory}.")
+        raise InvalidOptionError(f"working_memory must be at least 1 byte, got {working_memory}.")
     return max(1, working_memory // max(1, bytes_each))
 
 
 def run_in_chunks(work: Callable[[slice], T], count: int, size: int) -> Iterator[T]:
     r"""
-    Does some work on ``size`` of ``count`` things at a time. Where memory runs out on a part, that part and those after
-    it are halved, with a warning.
+    Run ``work`` on ``count`` items, ``size`` of them at a time.
+
+    If a chunk runs out of memory, it and those after it are halved, with a warning.
 
     Args:
 
-        work (Callable): From a slice of the things to a result; called again on the first half after it ran out of
-                    memory.
-        count (int): Number of things.
-        size (int): How many at a time, at least 1.
+        work (Callable): Returns the result for a slice of the items; called again with half the slice after it ran out
+                    of memory.
+        count (int): Number of items.
+        size (int): Items per chunk, at least 1.
 
     Yields:
-        **result** (*Any*):
-            Of each part, in order.
+        **result** (*Any*): of each chunk, in order.
 
     Raises:
-        RuntimeError or MemoryError: the work runs out of memory on a single thing.
+        RuntimeError or MemoryError: a single item runs out of memory.
 
     Examples::
 
-        >>> torch.cat(list(run_in_chunks(lambda part: torch.arange(5)[part] ** 2, 5, 2)))
+        >>> from captum_intramodal._utils.memory import run_in_chunks
+        >>> torch.cat(list(run_in_chunks(lambda chunk: torch.arange(5)[chunk] ** 2, 5, 2)))
         tensor([ 0,  1,  4,  9, 16])
     """
     start = 0
     while start < count:
-        part = slice(start, min(start + size, count))
+        chunk = slice(start, min(start + size, count))
         try:
-            result = work(part)
+            result = work(chunk)
         except (RuntimeError, MemoryError) as error:
-            if part.stop - start == 1 or not _out_of_memory(error):
+            if chunk.stop - start == 1 or not _is_out_of_memory(error):
                 raise
-            size = (part.stop - start) // 2
+            size = (chunk.stop - start) // 2
         else:
             yield result
-            start = part.stop
+            start = chunk.stop
             continue
-        # Outside of the handler, as the error holds on to what the part had allocated.
-        warnings.warn(f"Out of memory; going on in parts of {size} instead of {part.stop - start}.", stacklevel=2)
+        # Outside the handler: the error keeps the chunk's allocations alive.
+        warnings.warn(f"Out of memory; continuing in chunks of {size} instead of {chunk.stop - start}.", stacklevel=2)
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
 
-def _out_of_memory(error: BaseException) -> bool:
-    """Of a GPU, or of the machine: of that PyTorch says so in words alone."""
+def _is_out_of_memory(error: BaseException) -> bool:
+    """Return whether a GPU or the machine ran out of memory; PyTorch reports the latter by its message alone."""
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or "allocate memory" in str(error)

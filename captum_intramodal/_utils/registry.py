@@ -1,10 +1,10 @@
-r"""Named classes that anybody can extend: by a decorator, by an entry point of another package, or by a dotted name."""
+r"""Registries of named classes, extensible by a decorator, by entry points of other packages, and by dotted names."""
 
 from __future__ import annotations
 
 import pkgutil
 from collections.abc import Callable, Iterator, Mapping
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 from typing import Any, TypeVar
 
 from captum_intramodal.errors import SpecError
@@ -18,15 +18,14 @@ class Registry(Mapping[str, Any]):
     r"""
     Map names to classes of one kind.
 
-    A class gets in by the decorator :meth:`register`, or by an entry point of an installed package in the group
-    ``captum_intramodal.<kind>s``; entry points are loaded when their name is first asked for.
+    Classes are registered by the decorator :meth:`register`, or by entry points of installed packages in the group
+    ``captum_intramodal.<kind>s``, which are loaded when their name is first looked up.
 
     Args:
 
-        kind (str): What the classes are, for messages and for the entry points' group: ``'explainer'``.
-        accepts (Callable): From a class to whether it is of this kind. Guards what other packages and dotted names
-                    supply.
-        expected (str): What ``accepts`` asks for, in words, for messages.
+        kind (str): Kind of the classes, used in messages and in the name of the group, such as ``'explainer'``.
+        accepts (Callable): Returns whether a class is of this kind; checked for entry points and dotted names.
+        expected (str): Description of the classes that ``accepts`` accepts, used in messages.
 
     Examples::
 
@@ -49,17 +48,22 @@ class Registry(Mapping[str, Any]):
 
     def register(self, name: str) -> Callable[[C], C]:
         r"""
-        Return a class decorator that registers the class under a name.
+        Return a class decorator that registers a class under a name.
+
+        Args:
+
+            name (str): The name.
 
         Raises:
-            SpecError: the name is taken by another class.
+            SpecError: another class is registered under this name.
         """
 
         def decorate(cls: C) -> C:
             known = self._classes.get(name, cls)
             if known is not cls and (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
                 raise SpecError(
-                    f"The {self.kind} {name!r} is registered already, as {known.__module__}.{known.__qualname__}."
+                    f"The {self.kind} {name!r} is already registered, as {known.__module__}.{known.__qualname__}; "
+                    "choose another name."
                 )
             self._classes[name] = cls
             return cls
@@ -68,31 +72,40 @@ class Registry(Mapping[str, Any]):
 
     def resolve(self, name: str) -> Any:
         r"""
-        Return the class of a registered name, of an entry point, or of a dotted name (``package.module:Class`` or
-        ``package.module.Class``).
+        Return the class of a name.
+
+        Args:
+
+            name (str): A registered name, the name of an entry point, or a dotted name (``package.module:Class`` or
+                        ``package.module.Class``).
+
+        Returns:
+            **class** (*type*): accepted by this registry.
 
         Raises:
-            SpecError: nothing of this name exists, or it is not a class of this kind.
+            SpecError: the name is unknown, or is that of something else than a class of this kind.
         """
         if name in self:
             return self[name]
         if "." not in name and ":" not in name:
-            raise SpecError(f"There is no {self.kind} {name!r}; registered: {', '.join(self)}.")
+            raise SpecError(f"There is no {self.kind} {name!r}; registered are {', '.join(self)}.")
         try:
             found = pkgutil.resolve_name(name)
         except (ValueError, ImportError, AttributeError) as error:
             raise SpecError(
-                f"{name!r} is neither a registered {self.kind} ({', '.join(self)}) nor the dotted name of a class: "
-                f"{type(error).__name__}: {error}"
+                f"{name!r} is neither a registered {self.kind} ({', '.join(self)}) nor the dotted name of a class that "
+                "can be imported."
             ) from error
         return self._checked(name, found)
 
     def _checked(self, name: str, found: Any) -> Any:
+        """Return what was found under a name if it is a class of this kind."""
         if not isinstance(found, type) or not self._accepts(found):
             raise SpecError(f"{name!r} is not a {self.kind}: expected {self._expected}, got {found!r:.80}.")
         return found
 
-    def _entry_points(self) -> dict[str, Any]:
+    def _entry_points(self) -> dict[str, EntryPoint]:
+        """Return the group's entry points whose names are not registered yet."""
         return {point.name: point for point in entry_points(group=self.group) if point.name not in self._classes}
 
     def __getitem__(self, name: str) -> Any:

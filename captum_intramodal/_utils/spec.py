@@ -1,4 +1,4 @@
-r"""Things that a line of text describes: ``name`` or ``name:option=value,option=value``."""
+r"""Text specifications of objects: ``name`` or ``name:option=value,option=value``."""
 
 from __future__ import annotations
 
@@ -9,26 +9,33 @@ from collections.abc import Callable
 from dataclasses import fields
 from typing import Any, TypeVar
 
+from captum_intramodal.errors import SpecError
+
 __all__ = ["build", "parse_spec", "settings_of"]
 
 T = TypeVar("T")
 
+_OPTION = re.compile(r"\s*(\w+)\s*=\s*")
+
 
 def parse_spec(spec: str) -> tuple[str, dict[str, Any]]:
     r"""
+    Parse a text specification.
+
     Args:
 
-        spec (str): A name, and after a colon options ``name=value``, separated by commas. Values are JSON; what is none
-                    is text up to the next comma and needs no quotes.
+        spec (str): A name, optionally followed by a colon and options ``name=value``, separated by commas. Values are
+                    JSON; anything else is text up to the next comma and needs no quotes.
 
     Returns:
-        tuple: the name and the options.
+        **name, options** (*tuple[str, dict]*): the parts.
 
     Raises:
-        ValueError: an option without a value, or one that is given twice.
+        SpecError: an option has no value, or is given twice.
 
     Examples::
 
+        >>> from captum_intramodal._utils.spec import parse_spec
         >>> parse_spec("msea:scales=[1,2],aggregation=max")
         ('msea', {'scales': [1, 2], 'aggregation': 'max'})
     """
@@ -36,9 +43,9 @@ def parse_spec(spec: str) -> tuple[str, dict[str, Any]]:
     options: dict[str, Any] = {}
     position = 0
     while position < len(text):
-        found = re.compile(r"\s*(\w+)\s*=\s*").match(text, position)
+        found = _OPTION.match(text, position)
         if found is None or found[1] in options:
-            raise ValueError(
+            raise SpecError(
                 f"{spec!r}: options are name=value, each once, separated by commas; got {text[position:]!r}."
             )
         try:
@@ -54,7 +61,7 @@ def parse_spec(spec: str) -> tuple[str, dict[str, Any]]:
 
 
 def settings_of(described: Any) -> dict[str, Any]:
-    """The name and all options of a dataclass, JSON-able; of an option that has settings of its own, these."""
+    """Return the name and all options of a dataclass, JSON-able; for options with ``settings`` of their own, these."""
     options = {f.name: getattr(described, f.name) for f in fields(described)}
     text = json.dumps({"name": described.name} | options, default=lambda value: value.settings)
     settings: dict[str, Any] = json.loads(text)
@@ -63,18 +70,37 @@ def settings_of(described: Any) -> dict[str, Any]:
 
 def build(spec: str, factory: Callable[..., T], options: dict[str, Any]) -> T:
     r"""
-    What a factory makes of options.
+    Call a factory with the options of a text specification.
+
+    Args:
+
+        spec (str): The specification, used in messages.
+        factory (Callable): Called with the options as keyword arguments; its own errors propagate.
+        options (dict): The options.
+
+    Returns:
+        **built** (*Any*): the factory's result.
 
     Raises:
-        ValueError: options that the factory does not have, or a value that it does not take; the message begins with
-            the spec.
+        SpecError: the factory does not have an option, needs one that is missing, or gets a value of a wrong type.
+
+    Examples::
+
+        >>> from captum_intramodal._utils.spec import build
+        >>> build("fraction:numerator=1", lambda numerator, denominator=2: numerator / denominator, {"numerator": 1})
+        0.5
     """
-    known = inspect.signature(factory).parameters
-    if unknown := sorted(set(options) - set(known)):
-        raise ValueError(
-            f"{spec!r} has options {', '.join(unknown)} that do not exist; there are {', '.join(known) or 'none'}."
+    parameters = inspect.signature(factory).parameters
+    if unknown := sorted(set(options) - set(parameters)):
+        raise SpecError(
+            f"{spec!r} has no option {', '.join(unknown)}; its options are {', '.join(parameters) or 'none'}."
         )
+    variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    required = [name for name, p in parameters.items() if p.default is p.empty and p.kind not in variadic]
+    if missing := [name for name in required if name not in options]:
+        raise SpecError(f"{spec!r} needs {' and '.join(missing)}: add {missing[0]}=... to it.")
     try:
         return factory(**options)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{spec!r}: {error}") from error
+    except TypeError as error:
+        given = ", ".join(f"{name}={value!r}" for name, value in options.items())
+        raise SpecError(f"{spec!r} has an option whose value is of a wrong type; got {given or 'none'}.") from error

@@ -1,4 +1,4 @@
-r"""TODO."""
+r"""How does a text token's log-probability depend on the pixels, or on the visual tokens? Gradients times inputs."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from captum_intramodal.adapter.encoding import Encoding
 from captum_intramodal.adapter.model_adapter import ModelAdapter
+from captum_intramodal.errors import InvalidOptionError, NoGradientError
 from captum_intramodal.geometry.decoder_inputs import state_rows, visual_rows
 from captum_intramodal.models.decoder import decoder_blocks, decoder_layers
-from captum_intramodal.models.hooks import named_arguments
+from captum_intramodal.models.layer_io import named_arguments
 
 __all__ = ["input_x_gradient", "layer_gradient_x_activation"]
 
@@ -22,30 +23,30 @@ def input_x_gradient(
     adapter: ModelAdapter, encoding: Encoding, keys: Sequence[str], positions: Tensor
 ) -> Iterator[dict[str, Tensor]]:
     r"""
-    Input times gradient of text tokens' log-probabilities with respect to the processor's pixel tensors.
+    Compute input times gradient of text tokens' log-probabilities with respect to the processor's pixel tensors.
 
     Args:
 
         adapter (ModelAdapter): The model.
         encoding (Encoding): Prompt and answer; batch of 1.
         keys (Sequence[str]): Names of the pixel tensors among the inputs.
-        positions (Tensor): Positions of the text tokens, int64 (T,). What stands at position 0 nothing predicts: its
-                    gradient is 0.
+        positions (Tensor): Positions of the text tokens, int64 (T,). The token at position 0 is not predicted: its
+                    attribution is 0.
 
     Yields:
-        **attribution** (*dict*):
+        **attributions** (*dict[str, Tensor]*):
             Per text token, by name, a float32 tensor of the pixel tensor's shape, on the CPU.
 
     Raises:
-        ValueError: no gradient reaches the pixels, as where a model quantizes its images.
+        NoGradientError: no gradient reaches the pixels, for example because the model quantizes its images.
     """
     leaves = {key: encoding.inputs[key].to(adapter.model.dtype).detach().clone().requires_grad_() for key in keys}
     with torch.enable_grad():
         scores = _log_probabilities(adapter, encoding, leaves, positions)
     if not scores[0].requires_grad:
-        raise ValueError(
-            f"No gradient passes from the answer to the pixels of {type(adapter.model).__name__}; it has neither a "
-            "place per visual token nor pixel attribution."
+        raise NoGradientError(
+            f"No gradient passes from the answer to the pixels of {type(adapter.model).__name__}, so its answers "
+            "cannot be attributed to pixels; use a method without gradients, such as FeatureAblation."
         )
     for score, position in zip(scores, positions.tolist(), strict=True):
         if position == 0:
@@ -59,11 +60,11 @@ def input_x_gradient(
 
 
 def _log_probabilities(
-    adapter: ModelAdapter, encoding: Encoding, changed: dict[str, Tensor], positions: Tensor
+    adapter: ModelAdapter, encoding: Encoding, replaced_inputs: dict[str, Tensor], positions: Tensor
 ) -> tuple[Tensor, ...]:
-    """Of the tokens at these positions, given all before them."""
+    """Compute the log-probabilities of the tokens at some positions, each given all tokens before it."""
     before = (positions - 1).clamp_min(0)
-    logits = adapter.logits(encoding.inputs | changed, before - len(encoding.input_ids))[0]
+    logits = adapter.logits(encoding.inputs | replaced_inputs, before - len(encoding.input_ids))[0]
     ids = encoding.input_ids[positions].to(logits.device)
     scores = logits.float().log_softmax(1).gather(1, ids[:, None])
     return scores[:, 0].unbind()
@@ -77,21 +78,20 @@ def layer_gradient_x_activation(
     layer: int | None = None,
 ) -> Tensor:
     r"""
-    Activation times gradient at the visual tokens' states, summed over features: Captum's LayerGradientXActivation of
-    text tokens' log-probabilities, of one pass forward and one backward per text token.
+    Compute activation times gradient at the visual tokens' states, summed over features: Captum's
+    LayerGradientXActivation of text tokens' log-probabilities, in one forward pass and a backward pass per text token.
 
     Args:
 
         adapter (ModelAdapter): The model.
         encoding (Encoding): Prompt and answer; batch of 1.
-        positions (Tensor): Positions of the text tokens, int64 (T,). What stands at position 0 nothing predicts: its
-                    gradient is 0.
-        argument (str, optional): Where the visual tokens are, as in
+        positions (Tensor): Positions of the text tokens, int64 (T,). The token at position 0 is not predicted: its
+                    attributions are 0.
+        argument (str, optional): The argument of the decoder's blocks that holds the visual tokens, as in
                     :class:`~captum_intramodal.geometry.TokenGeometry`. The gradient at the states of a cross-attention
-                    is that of all layers which read them.
+                    sums over all layers that attend to them.
                     Default: None, placeholders in the decoder's sequence
-        layer (int, optional): Decoder layer whose input is attributed to, of those states that change from layer to
-                    layer.
+        layer (int, optional): Decoder layer whose input is attributed to, if states change from layer to layer.
                     Default: None, the first
 
     Returns:
@@ -99,25 +99,31 @@ def layer_gradient_x_activation(
             float32 (T, V), of either sign, on the CPU.
 
     Raises:
-        ValueError: a layer that does not exist, or one of states which all layers read; no gradient reaches the states.
+        InvalidOptionError: a layer that does not exist, or any layer if all layers attend to the same states.
+        NoGradientError: no gradient reaches the states.
     """
     model = adapter.model
     if argument in (None, "hidden_states"):
         layers = decoder_layers(model)
         index = 0 if layer is None else layer
         if not -len(layers) <= index < len(layers):
-            raise ValueError(f"There is no layer {layer}; the decoder has {len(layers)}.")
+            raise InvalidOptionError(f"Layer {layer} does not exist; the decoder has {len(layers)} layers.")
         blocks: list[nn.Module] = [layers[index]]
     elif layer is not None:
-        raise ValueError(f"All layers of {type(model).__name__} read the same visual states; leave layer out.")
+        raise InvalidOptionError(
+            f"All layers of {type(model).__name__} attend to the same visual states; leave layer out."
+        )
     else:
         blocks = decoder_blocks(model)
-    # What runs before the states needs no gradient: it begins with them.
-    with torch.no_grad(), _differentiable(blocks, argument) as states:
+    # The part of the model before the states needs no gradient.
+    with torch.no_grad(), _differentiable(blocks, argument) as leaves:
         scores = _log_probabilities(adapter, encoding, {}, positions)
-    if not states or not any(score.requires_grad for score in scores):
-        raise ValueError(f"No gradient passes from the answer to the visual states of {type(model).__name__}.")
-    (leaf,) = states
+    if not leaves or not any(score.requires_grad for score in scores):
+        raise NoGradientError(
+            f"No gradient passes from the answer to the visual states of {type(model).__name__}; use "
+            "method='logit_lens' or method='input_x_gradient'."
+        )
+    (leaf,) = leaves
     count = len(state_rows(leaf, argument))
     rows = visual_rows(model, encoding.inputs, argument, count).to(leaf.device)
     attributions = torch.zeros(len(scores), len(rows))
@@ -131,21 +137,21 @@ def layer_gradient_x_activation(
 
 @contextmanager
 def _differentiable(blocks: Sequence[nn.Module], argument: str | None) -> Iterator[list[Tensor]]:
-    """Gives blocks the same states as before, as a function of a leaf, which the list holds once one of them ran."""
+    """Replace the blocks' states by a function of a leaf with the same values; the list holds it once a block ran."""
     leaves: list[Tensor] = []
-    given: list[Tensor] = []
+    replacement: list[Tensor] = []
 
     def replace(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if not given:
+        if not replacement:
             named = named_arguments(module, args, kwargs)
             value = next(iter(named.values())) if argument is None else named.get(argument)
             if not isinstance(value, Tensor):
                 return None
-            torch.set_grad_enabled(True)  # As long as the caller's torch.no_grad() lasts.
+            torch.set_grad_enabled(True)  # Until the caller's torch.no_grad() ends.
             leaves.append(value.detach().requires_grad_())
-            # A leaf itself must not be changed in place.
-            given.extend([value, leaves[0].clone()])
-        old, new = given
+            # The leaf itself must not be changed in place.
+            replacement.extend([value, leaves[0].clone()])
+        old, new = replacement
         return tuple(new if a is old else a for a in args), {k: new if v is old else v for k, v in kwargs.items()}
 
     handles = [block.register_forward_pre_hook(replace, with_kwargs=True) for block in blocks]

@@ -1,31 +1,42 @@
-r"""TODO."""
+r"""Plot the attributions of a language model's answer to regions of images and pieces of text."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from captum.attr import LLMAttributionResult
 from PIL import Image
 from torch import Tensor
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
 __all__ = ["MultimodalLLMAttributionResult"]
 
 
 class MultimodalLLMAttributionResult(LLMAttributionResult):
     r"""
-    Captum's result of an LLM attribution, whose input features are regions of images and pieces of text. It has the
-    plots of Captum's own (``plot_token_attr``, ``plot_seq_attr``), and draws the regions over their image.
+    Captum's result of an LLM attribution, for input features that are regions of images and pieces of text. It inherits
+    Captum's plots (``plot_token_attr``, ``plot_seq_attr``) and adds a heatmap of the regions over their image.
 
     Args:
 
         input_tokens (list[str]): Names of the features: regions ``image_<image>_feature_<segment>``, then text.
         output_tokens (list[str]): The answer's tokens.
         seq_attr (Tensor): Attributions of the whole answer, float32 (features,).
-        token_attr (Tensor): Of each of its tokens, float32 (tokens, features).
+        token_attr (Tensor): Attributions of each of the answer's tokens, float32 (tokens, features).
         images (list[PIL.Image.Image]): The images.
-        segmentations (list[Tensor]): Per image the index of the feature that each pixel belongs to, int64
+        segmentations (list[Tensor]): For each image, the index of the feature that each pixel belongs to, int64
                     (height, width).
+
+    Examples::
+
+        >>> result = explanation.to_llm_attribution_result(grid=(7, 10))
+        >>> result.heatmap(target_token_pos=1).shape
+        torch.Size([224, 320])
+        >>> figure, axes = result.plot_image_heatmap(target_token_pos=1)
     """
 
     def __init__(
@@ -46,21 +57,21 @@ class MultimodalLLMAttributionResult(LLMAttributionResult):
 
     def heatmap(self, target_token_pos: int | tuple[int, int] | None = None, image: int = 0) -> Tensor:
         r"""
-        Attributions of an image's regions, in its frame.
+        Return the attribution of the region that each pixel of an image belongs to.
 
         Args:
 
-            target_token_pos (int or tuple[int, int], optional): An answer's token, or ``(first, end)`` of several,
-                        whose attributions are summed up.
+            target_token_pos (int or tuple[int, int], optional): A token of the answer, or ``(first, end)`` to sum over
+                        several.
                         Default: None, the whole answer.
-            image (int, optional): Which image.
+            image (int, optional): Index of the image.
                         Default: 0
 
         Returns:
-            *Tensor* float32 (height, width), of either sign.
+            **heatmap** (*Tensor*): float32 (height, width), of either sign.
 
         Raises:
-            IndexError: a token or image that does not exist.
+            IndexError: if the token or image does not exist.
         """
         if target_token_pos is None:
             attr = self.seq_attr
@@ -68,32 +79,35 @@ class MultimodalLLMAttributionResult(LLMAttributionResult):
             attr = self.token_attr[target_token_pos]
         else:
             attr = self.token_attr[slice(*target_token_pos)].sum(0)
-        result: Tensor = attr[self.segmentations[image]]
-        return result
+        heatmap: Tensor = attr[self.segmentations[image]]
+        return heatmap
 
     def plot_image_heatmap(
         self, show: bool = False, target_token_pos: int | tuple[int, int] | None = None, image: int = 0
-    ) -> Any:
+    ) -> tuple[Figure, Axes] | None:
         r"""
-        Draws :meth:`heatmap` over the image in gray: green speaks for the answer, red against it.
+        Plot :meth:`heatmap` over the image in gray: green is evidence for the answer, red against it.
 
         Args:
 
-            show (bool, optional): Show the plot instead of returning it.
+            show (bool, optional): Whether to show the plot instead of returning it.
                         Default: False
-            target_token_pos, image: As in :meth:`heatmap`.
+            target_token_pos (int or tuple[int, int], optional): See :meth:`heatmap`.
+                        Default: None
+            image (int, optional): See :meth:`heatmap`.
+                        Default: 0
 
         Returns:
-            None or *tuple[Figure, Axes]*, as Captum's plots.
+            *tuple[Figure, Axes]*, or None if the plot is shown, like Captum's plots.
         """
         import matplotlib.pyplot as plt
 
-        heat = self.heatmap(target_token_pos, image).numpy()
-        largest = float(np.abs(heat).max()) or 1.0
+        heatmap = self.heatmap(target_token_pos, image).numpy()
+        largest = float(np.abs(heatmap).max()) or 1.0
         figure, axes = plt.subplots()
         axes.imshow(self.images[image].convert("L"), cmap="gray")
-        drawn = axes.imshow(heat, vmin=-largest, vmax=largest, cmap="RdYlGn", alpha=0.6)
-        figure.colorbar(drawn, ax=axes, label="Attribution")
+        overlay = axes.imshow(heatmap, vmin=-largest, vmax=largest, cmap="RdYlGn", alpha=0.6)
+        figure.colorbar(overlay, ax=axes, label="Attribution")
         axes.axis("off")
         if show:
             plt.show()

@@ -1,4 +1,4 @@
-r"""TODO."""
+r"""Score an answer as a function of the processor's pixel tensors, for processors that are not differentiable."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch import Tensor
 from captum_intramodal.adapter.model_adapter import ModelAdapter
 from captum_intramodal.adapter.prompts import Prompt
 from captum_intramodal.attr.answer_forward import AnswerForward, Output, avoid_blank_images, is_float_tensor
+from captum_intramodal.errors import InvalidInputError, NoPixelMapError, UnsupportedModelError
 from captum_intramodal.geometry.pixel_map import PixelMap
 
 __all__ = ["ProcessedPixelForward"]
@@ -20,18 +21,18 @@ __all__ = ["ProcessedPixelForward"]
 class ProcessedPixelForward(AnswerForward):
     r"""
     Logits or log-probabilities of an answer's tokens as a function of the processor's own pixel tensors, for Captum
-    methods where no gradient passes through the image processor.
+    methods when no gradient passes through the image processor.
 
-    Each tensor gets a dimension of examples in front, (N, *its shape), whatever its own first dimension is: an image's
-    patches or tiles stay together in Captum's batches. Elements that show nothing of the image, such as padding, keep
-    their values. :meth:`fold` brings attributions back into the image's frame, and :meth:`feature_mask` segments of
-    the image to its pixel tensors, through the measured coordinates.
+    Each tensor gets a leading dimension of examples, (N, \*shape), whatever its own first dimension is, so Captum's
+    batches keep an image's patches or tiles together. Elements that do not depend on the image, such as padding, keep
+    their values. Through the measured coordinates of the elements, :meth:`fold` maps attributions to the image, and
+    :meth:`feature_mask` maps segments of the image to its pixel tensors.
 
     Args:
 
         adapter (ModelAdapter): The model and its processor.
         prompt (str or Sequence[Mapping]): The question about the image.
-        answer (str or Sequence[int]): The answer whose tokens are predicted, teacher-forced.
+        answer (str or Sequence[int]): The answer to score, teacher-forced.
         image (PIL.Image.Image): The image.
         output (str, optional): See :class:`PixelForward`.
                     Default: ``'logits'``
@@ -39,18 +40,25 @@ class ProcessedPixelForward(AnswerForward):
                     Default: None
 
     Raises:
-        ValueError: none of the processor's tensors depends on the image.
+        InvalidOptionError: if ``output`` is unknown.
+        EmptyAnswerError: if the answer is empty.
+        UnsupportedModelError: if none of the processor's tensors depends on the image.
 
     Examples::
 
+        >>> from captum.attr import FeatureAblation, InputXGradient
+        >>> from captum_intramodal import ProcessedPixelForward
         >>> forward = ProcessedPixelForward(adapter, "describe the picture.", "a dog.", image, "token_log_probs")
-        >>> black = forward.process(Image.new("RGB", image.size))
-        >>> attributions = IntegratedGradients(forward).attribute(forward.pixels, baselines=black, target=1)
-        >>> forward.fold(attributions, grid=(24, 32)).shape            # (1, 24, 32)
+        >>> attributions = InputXGradient(forward).attribute(forward.pixels, target=1)
+        >>> forward.fold(attributions, grid=(7, 10)).shape
+        torch.Size([1, 7, 10])
 
-        >>> superpixels = torch.arange(12).reshape(3, 4).repeat_interleave(64, 0).repeat_interleave(64, 1)
-        >>> mask = forward.feature_mask(superpixels)                   # an image of 256 x 192
-        >>> KernelShap(forward).attribute(forward.pixels, baselines=black, target=1, feature_mask=mask)
+        >>> halves = (torch.arange(image.width) * 2 // image.width).expand(image.height, -1)
+        >>> mask = forward.feature_mask(halves)
+        >>> black = forward.process(Image.new("RGB", image.size))
+        >>> ablated = FeatureAblation(forward).attribute(forward.pixels, baselines=black, target=1, feature_mask=mask)
+        >>> [part.shape == pixels.shape for part, pixels in zip(ablated, forward.pixels)]
+        [True]
     """
 
     def __init__(
@@ -64,106 +72,131 @@ class ProcessedPixelForward(AnswerForward):
     ) -> None:
         super().__init__(adapter, prompt, answer, output, contrast)
         self.image = image.convert("RGB")
-        inputs = adapter.prepare([self.image], prompt)
-        self._inputs = inputs
-        self._unmeasured = ""
+        self._inputs = adapter.prepare([self.image], prompt)
         self._maps: dict[str, PixelMap] = {}
+        self._no_map_error: NoPixelMapError | None = None
         try:
             self._maps = adapter.pixel_maps([image.size]).maps
             self._keys = list(self._maps)
-        except ValueError as error:
-            self._unmeasured = str(error)
+        except NoPixelMapError as error:
+            self._no_map_error = error.with_traceback(None)
             negative = adapter.prepare([ImageOps.invert(self.image)], prompt)
-            tensors = {key: value for key, value in inputs.items() if is_float_tensor(value)}
+            tensors = {key: value for key, value in self._inputs.items() if is_float_tensor(value)}
             self._keys = [key for key, value in tensors.items() if not torch.equal(value, negative[key])]
         if not self._keys:
-            raise ValueError(f"None of the inputs of {type(adapter.model).__name__} depends on the image.")
+            raise UnsupportedModelError(
+                f"None of the inputs {list(self._inputs)} of {type(adapter.model).__name__} depends on the image."
+            )
 
     @property
     def pixels(self) -> tuple[Tensor, ...]:
-        """The image's pixel tensors, float32, each (1, *its shape): Captum's ``inputs``."""
+        r"""The image's pixel tensors, float32, each (1, \*its shape): Captum's ``inputs``."""
         return tuple(self._inputs[key].float()[None] for key in self._keys)
 
     def process(self, image: Image.Image) -> tuple[Tensor, ...]:
-        """Another image of the same size as pixel tensors, float32, each (1, *its shape): Captum's ``baselines``."""
+        r"""Return the pixel tensors of another image of the same size, as for :attr:`pixels`: Captum's ``baselines``.
+
+        Raises:
+            InvalidInputError: if the image has another size.
+        """
         if image.size != self.image.size:
-            raise ValueError(f"An image of {image.size} pixels where {self.image.size} are explained.")
+            raise InvalidInputError(
+                f"The image must have the size of the explained one, {self.image.size}, got {image.size}."
+            )
         inputs = self.adapter.prepare([image.convert("RGB")], self.prompt)
         return tuple(inputs[key].float()[None] for key in self._keys)
 
     def forward(self, *pixels_and_ids: Tensor) -> Tensor:
         r"""
+        Score the answer for each example.
+
         Args:
 
-            *pixels_and_ids (Tensor): As many tensors as :attr:`pixels` has, float (N, *shape), and then, optionally,
-                        ``answer_ids`` and ``contrast_ids`` as :meth:`PixelForward.forward` takes them: Captum's
+            *pixels_and_ids (Tensor): One tensor for each of :attr:`pixels`, float (N, \*shape); then, optionally,
+                        ``answer_ids`` and ``contrast_ids`` as in :meth:`PixelForward.forward`, which Captum calls
                         ``additional_forward_args``.
 
         Returns:
-            *Tensor*: float, of the shape that the output has, see :class:`PixelForward`.
+            **scores** (*Tensor*): float, of the shape of the output, see :class:`PixelForward`.
+
+        Raises:
+            InvalidInputError: if the number of tensors or a shape is wrong.
+            InvalidOptionError: if the output takes no contrast.
+            UnsupportedModelError: if Captum's layer method needs all examples in one pass and the model cannot batch
+                them.
         """
         count = len(self._keys)
         if not count <= len(pixels_and_ids) <= count + 2:
-            raise ValueError(f"Expected {count} pixel tensors and up to 2 of ids, got {len(pixels_and_ids)} tensors.")
+            raise InvalidInputError(
+                f"Expected {count} pixel tensors and up to 2 of ids, got {len(pixels_and_ids)} tensors."
+            )
         pixels, ids = pixels_and_ids[:count], pixels_and_ids[count:]
         for key, tensor in zip(self._keys, pixels, strict=True):
             if tensor.shape[1:] != self._inputs[key].shape:
-                raise ValueError(f"{key!r} must be (N, {tuple(self._inputs[key].shape)}), got {tuple(tensor.shape)}.")
+                raise InvalidInputError(
+                    f"{key!r} must have shape (N, {', '.join(map(str, self._inputs[key].shape))}), got "
+                    f"{tuple(tensor.shape)}."
+                )
         answer_ids, contrast_ids = (*ids, None, None)[:2]
-        examples = ((self._inputs | self._shown(example), nullcontext()) for example in zip(*pixels, strict=True))
+        examples = ((self._inputs | self._named(example), nullcontext()) for example in zip(*pixels, strict=True))
         return self._scores(examples, len(pixels[0]), answer_ids, contrast_ids)
 
-    def _shown(self, pixels: Iterable[Tensor]) -> dict[str, Tensor]:
-        """By name, with the elements that show nothing of the image as they are."""
+    def _named(self, pixels: Iterable[Tensor]) -> dict[str, Tensor]:
+        """Return one example's pixel tensors by name; elements that do not depend on the image keep their values."""
         result = {}
         for key, value in zip(self._keys, pixels, strict=True):
             value = avoid_blank_images(value)
             if key in self._maps:
-                shows = (self._maps[key].gain != 0).reshape(value.shape).to(value.device)
-                value = torch.where(shows, value, self._inputs[key].to(value))
+                depends = (self._maps[key].gain != 0).reshape(value.shape).to(value.device)
+                value = torch.where(depends, value, self._inputs[key].to(value))
             result[key] = value
         return result
 
-    def _measured(self) -> list[PixelMap]:
-        if self._unmeasured:
-            raise ValueError(f"The pixel tensors have no coordinates in the image. {self._unmeasured}")
+    def _require_maps(self) -> list[PixelMap]:
+        """Return the map of each pixel tensor, or raise if they could not be measured."""
+        if self._no_map_error is not None:
+            raise NoPixelMapError(
+                f"{type(self.adapter.processor).__name__}'s pixel tensors have no coordinates in the image; attribute "
+                "to them without fold and feature_mask."
+            ) from self._no_map_error
         return list(self._maps.values())
 
     def fold(self, attributions: Tensor | Sequence[Tensor], grid: tuple[int, int]) -> Tensor:
         r"""
-        Attributions of the pixel tensors, summed up in the frame of the image.
+        Sum the attributions of the pixel tensors in a grid over the image.
 
         Args:
 
-            attributions (Tensor or Sequence[Tensor]): float (N, *shape) for each of :attr:`pixels`.
+            attributions (Tensor or Sequence[Tensor]): float (N, \*shape) for each of :attr:`pixels`.
             grid (tuple[int, int]): Rows and columns of the map.
 
         Returns:
-            **map** (*Tensor*):
-                float32 (N, rows, columns).
+            **map** (*Tensor*): float32 (N, rows, columns).
 
         Raises:
-            ValueError: attributions of other shapes; the processor's coordinates cannot be measured.
+            InvalidInputError: if the number of tensors or a shape is wrong.
+            NoPixelMapError: if the coordinates of the processor's tensors cannot be measured.
         """
-        maps = self._measured()
+        maps = self._require_maps()
         parts = [attributions] if isinstance(attributions, Tensor) else list(attributions)
         if len(parts) != len(maps):
-            raise ValueError(f"{len(parts)} attributions for {len(maps)} pixel tensors.")
+            raise InvalidInputError(f"Got {len(parts)} attributions for {len(maps)} pixel tensors; pass one for each.")
         return torch.stack([pixels.fold(part, grid) for pixels, part in zip(maps, parts, strict=True)]).sum(0)
 
     def feature_mask(self, segmentation: Tensor) -> tuple[Tensor, ...]:
         r"""
-        Segments of the image as Captum's ``feature_mask``: one feature each, in all tensors, tiles and the thumbnail.
+        Convert segments of the image to Captum's ``feature_mask``: each is one feature across all tensors, tiles and
+        thumbnail.
 
         Args:
 
-            segmentation (Tensor): int64 (height, width) of the image, segments counted from 0.
+            segmentation (Tensor): int64 (height, width), segments of the image, numbered from 0.
 
         Returns:
-            **masks** (*tuple[Tensor, ...]*):
-                int64, each (1, *shape). Padding is one feature more, the last.
+            **masks** (*tuple[Tensor, ...]*): int64, each (1, \*shape). Padding is an additional feature, the last one.
 
         Raises:
-            ValueError: a segmentation of another size; the processor's coordinates cannot be measured.
+            InvalidInputError: if the segmentation has another size than the image.
+            NoPixelMapError: if the coordinates of the processor's tensors cannot be measured.
         """
-        return tuple(pixels.feature_mask([segmentation])[None] for pixels in self._measured())
+        return tuple(pixels.feature_mask([segmentation])[None] for pixels in self._require_maps())

@@ -1,4 +1,4 @@
-r"""From values at a decoder's positions to maps over the image."""
+r"""Maps over the image from attributions of a decoder's positions."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from captum_intramodal._utils.captum import WrapperAttribution, format_tensor_in
 from captum_intramodal.adapter.model_adapter import ModelAdapter
 from captum_intramodal.attr.hidden_states import Reduction, attribute_positions, check_reduction, layer_method
 from captum_intramodal.attr.pixel_forward import PixelForward
+from captum_intramodal.errors import InvalidInputError
 from captum_intramodal.functional.rasterize import raster_grid, rasterize
 
 __all__ = ["VisualTokenAttribution", "draw_positions"]
@@ -23,76 +24,86 @@ def draw_positions(
     values: Tensor, adapter: ModelAdapter, input_ids: Tensor, image_sizes: Sequence[tuple[int, int]]
 ) -> list[Tensor]:
     r"""
-    Draws values at the positions of a decoder's sequence over the images: those at visual tokens, each where it looks
-    at, interpolated linearly between the tokens' centers. Parts that no token sees are 0.
+    Draw values at the positions of a decoder's sequence over the images: those of visual tokens, each over the region
+    that its token covers, interpolated linearly between the centers of the tokens. Pixels that no token covers are 0.
 
     Args:
 
-        values (Tensor): (..., positions), such as what ARC around a layer method returns.
+        values (Tensor): (..., positions), such as the attributions of ARC around a layer method.
         adapter (ModelAdapter): The model and its processor.
         input_ids (Tensor): The sequence, int64 (positions,) or (1, positions).
-        image_sizes (Sequence[tuple[int, int]]): (width, height) of each image in the sequence.
+        image_sizes (Sequence[tuple[int, int]]): (width, height) of each image in the sequence, in pixels.
 
     Returns:
-        *list[Tensor]*: for each image float32 (..., height, width).
+        **maps** (*list[Tensor]*): for each image float32 (..., height, width).
 
     Raises:
-        ValueError: as many values as the sequence has no positions; images of other sizes than those in the sequence;
-            a model whose visual tokens have no place in the image.
+        InvalidInputError: if the number of values differs from the sequence length, or the sizes are not those of the
+            images in the sequence.
+        NoTokenGeometryError: if the model's visual tokens do not cover known regions of the image.
 
     Examples::
 
-        >>> values = ARC(LayerIntegratedGradients(forward, layer)).attribute_all(image)  # (tokens, positions)
-        >>> (maps,) = draw_positions(values, adapter, forward.inputs(image[0])["input_ids"], [(256, 192)])
+        >>> from captum_intramodal import PixelForward, draw_positions
+        >>> forward = PixelForward(adapter, "describe the picture.", "a dog.")
+        >>> ids = forward.inputs(torch.rand(3, 96, 128))["input_ids"]
+        >>> (maps,) = draw_positions(torch.rand(5, ids.shape[1]), adapter, ids, [(128, 96)])
         >>> maps.shape
-        torch.Size([tokens, 192, 256])
+        torch.Size([5, 96, 128])
     """
     ids = input_ids.flatten()
     if values.shape[-1] != len(ids):
-        raise ValueError(f"{values.shape[-1]} values for a sequence of {len(ids)} positions.")
+        raise InvalidInputError(f"Got {values.shape[-1]} values for a sequence of {len(ids)} positions.")
     geometry = adapter.geometry(image_sizes)
-    at_visual = values[..., adapter.visual_positions(ids).to(values.device)].flatten(0, -2).float()
-    if at_visual.shape[-1] != len(geometry.boxes):
-        raise ValueError(
-            f"The sequence has {at_visual.shape[-1]} visual tokens, but images of {list(image_sizes)} (width, "
-            f"height) have {len(geometry.boxes)}; pass the sizes of the images that the sequence was made from."
+    visual = values[..., adapter.visual_positions(ids).to(values.device)].flatten(0, -2).float()
+    if visual.shape[-1] != len(geometry.boxes):
+        raise InvalidInputError(
+            f"The sequence has {visual.shape[-1]} visual tokens, but images of {list(image_sizes)} (width, height) "
+            f"have {len(geometry.boxes)}; pass the sizes of the images in the sequence."
         )
     maps = []
     for image, (width, height) in enumerate(image_sizes):
-        sees = geometry.sees(image)
-        boxes = geometry.boxes[sees].to(values.device)
-        drawn = rasterize(at_visual[:, sees], boxes, (width, height), raster_grid(boxes, (width, height)))
-        full = F.interpolate(drawn[None], size=(height, width), mode="bilinear")[0]
+        covers_image = geometry.sees(image)
+        boxes = geometry.boxes[covers_image].to(values.device)
+        coarse = rasterize(visual[:, covers_image], boxes, (width, height), raster_grid(boxes, (width, height)))
+        full = F.interpolate(coarse[None], size=(height, width), mode="bilinear")[0]
         maps.append(full.reshape(*values.shape[:-1], height, width))
     return maps
 
 
 class VisualTokenAttribution(WrapperAttribution):
     r"""
-    A layer method at a decoder layer as an attribution over the image: the values at visual tokens, drawn where each
-    token looks at. Whatever composes around attributions of images composes around it: MSEA, ARC, NoiseTunnel.
+    Attribution over the image from a layer method at a decoder layer: the values of visual tokens, each drawn over the
+    region of the image that its token covers. MSEA, ARC and NoiseTunnel can wrap it like any attribution of an image.
 
-    Where the layer method multiplies by inputs (integrated gradients, gradient x activation, ...), maps are densities:
-    a token's value is spread over its part of the image, so that the sum over the image's pixels is the sum over
-    visual tokens, however many the image has at some scale. Other methods' maps have the tokens' own values.
+    If the layer method multiplies by inputs (integrated gradients, gradient x activation, ...), maps are densities: a
+    token's value is spread over its region, so that the sum over the image's pixels equals the sum over visual tokens
+    at any scale. Maps of other methods contain the tokens' own values.
 
     Args:
 
         attribution_method (Attribution): A layer method whose layer is a module of the decoder, such as
-                    ``LayerIntegratedGradients(forward, model.get_decoder().layers[0])``, or ``NoiseTunnel`` around one,
-                    with a ``PixelForward`` as forward function.
-        reduce (str or Callable, optional): How a position's hidden features become one value: ``'sum'``; ``'norm'``,
-                    for methods without a target's sign such as ``LayerActivation``; or a function from the method's
-                    attribution to (B, positions).
+                    ``LayerIntegratedGradients(forward, model.get_decoder().layers[0])``, or a ``NoiseTunnel`` around
+                    one, with a ``PixelForward`` as forward function.
+        reduce (str or Callable, optional): How the features of a position become one value: ``'sum'``; ``'norm'``, for
+                    methods without the sign of a target, such as ``LayerActivation``; or a function from the method's
+                    attributions to (B, positions).
                     Default: ``'sum'``
+
+    Raises:
+        TypeError: if ``attribution_method`` is not a method of one layer, or its forward function not a PixelForward.
+        InvalidOptionError: if ``reduce`` is unknown.
 
     Examples::
 
+        >>> from captum.attr import LayerGradCam
+        >>> from captum_intramodal import MSEA, PixelForward, VisualTokenAttribution
+        >>> forward, pixels = PixelForward(adapter, "describe the picture.", "a dog."), torch.rand(1, 3, 96, 128)
         >>> method = VisualTokenAttribution(LayerGradCam(forward, model.get_decoder().layers[-2]))
-        >>> method.attribute(image, target=(4, token_id)).shape     # image: 1x3x192x256
-        torch.Size([1, 1, 192, 256])
-        >>> MSEA(method, scales=(1.0, 1.5)).attribute(image, target=(4, token_id)).shape
-        torch.Size([1, 1, 192, 256])
+        >>> method.attribute(pixels, target=forward.targets[1]).shape
+        torch.Size([1, 1, 96, 128])
+        >>> MSEA(method, scales=(1.0, 1.5)).attribute(pixels, target=forward.targets[1]).shape
+        torch.Size([1, 1, 96, 128])
     """
 
     def __init__(self, attribution_method: Attribution, reduce: Reduction = "sum") -> None:
@@ -106,34 +117,42 @@ class VisualTokenAttribution(WrapperAttribution):
         self.reduce = reduce
         if not isinstance(self.forward_func, PixelForward):
             raise TypeError(
-                "The layer method's forward function must be a PixelForward, which knows what the image becomes, "
-                f"got {type(self.forward_func).__name__}; for others, draw the values yourself with draw_positions."
+                "The layer method's forward function must be a PixelForward, which knows the inputs made from an "
+                f"image, got {type(self.forward_func).__name__}; for others, call draw_positions on the values."
             )
 
     @log_usage(part_of_slo=True)
     def attribute(
-        self, inputs: Tensor | tuple[Tensor, ...], target: Any = None, **kwargs: Any
+        self,
+        inputs: Tensor | tuple[Tensor, ...],
+        target: int | tuple[int, ...] | list[int] | list[tuple[int, ...]] | Tensor | None = None,
+        **kwargs: Any,
     ) -> Tensor | tuple[Tensor, ...]:
         r"""
+        Attribute with the layer method and draw the values of visual tokens over the image.
+
         Args:
 
             inputs (Tensor): Images, float (N, 3, height, width) in [0, 1].
-            target (int, tuple, list or Tensor, optional): As the layer method takes it.
-                        Default: None, for methods without a target.
-            **kwargs (Any, optional): Further arguments of the layer method: ``n_steps``, ``attribute_to_layer_input``,
-                        ...
+            target (int, tuple, list or Tensor, optional): Target of the layer method.
+                        Default: None, for methods without a target
+            **kwargs (Any, optional): Further arguments of the layer method, such as ``n_steps`` and
+                        ``attribute_to_layer_input``.
 
         Returns:
-            *Tensor* float32 (N, 1, height, width); (N, n, height, width) for methods that take n targets at once, as
-            ``LayerLogitLens`` does. In a tuple of one if ``inputs`` are.
+            **attributions** (*Tensor*): float32 (N, 1, height, width); (N, n, height, width) for methods that take n
+            targets at once, such as ``LayerLogitLens``. A tuple of one if ``inputs`` are a tuple.
 
         Raises:
-            ValueError: several inputs; the layer method gives no values at positions of the decoder's sequence; the
-                model's visual tokens have no place in the image.
+            InvalidInputError: if there are several inputs, or the layer method returns no values at positions of the
+                decoder's sequence.
+            NoTokenGeometryError: if the model's visual tokens do not cover known regions of the image.
         """
         images, *others = format_tensor_into_tuples(inputs)
         if others:
-            raise ValueError(f"VisualTokenAttribution takes one tensor of images, got {1 + len(others)} inputs.")
+            raise InvalidInputError(
+                f"VisualTokenAttribution takes one tensor of images, got a tuple of {1 + len(others)} tensors."
+            )
         forward: Any = self.forward_func
         if target is not None:
             kwargs["target"] = target
@@ -141,15 +160,15 @@ class VisualTokenAttribution(WrapperAttribution):
         ids = forward.inputs(images[0].detach())["input_ids"]
         count, _, height, width = images.shape
         if values.ndim not in (2, 3) or values.shape[0] != count or values.shape[-1] != ids.shape[1]:
-            raise ValueError(
-                f"{type(self.attribution_method).__name__} gave {tuple(values.shape)} for {count} images and a "
+            raise InvalidInputError(
+                f"{type(self.attribution_method).__name__} returned {tuple(values.shape)} for {count} images and a "
                 f"sequence of {ids.shape[1]} positions; its layer must be a module of the decoder, and reduce must "
                 "leave one value per position."
             )
         values = values.reshape(count, -1, ids.shape[1])
         (maps,) = draw_positions(values, forward.adapter, ids, [(width, height)])
         if self.multiplies_by_inputs:
-            (seen,) = draw_positions(torch.ones_like(values[:1, :1]), forward.adapter, ids, [(width, height)])
+            (coverage,) = draw_positions(torch.ones_like(values[:1, :1]), forward.adapter, ids, [(width, height)])
             tokens = forward.adapter.geometry([(width, height)]).is_local.sum()
-            maps = maps * (tokens / seen.sum())
+            maps = maps * (tokens / coverage.sum())
         return (maps,) if isinstance(inputs, tuple) else maps

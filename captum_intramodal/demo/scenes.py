@@ -1,7 +1,7 @@
-r"""Images with exact object masks, composed from sprites, and questions about them with exact answers.
+r"""Compose images from sprites, with exact object masks, and questions about them with exact answers.
 
-Every scene follows from one integer seed: it is the demo model's training set, its held-out test set (other
-seeds) and the ground truth of the first benchmark.
+One integer seed determines a scene. The scenes of some seeds are the demo model's training set; those of others are
+its held-out test set and the ground truth of the localization benchmark.
 """
 
 from __future__ import annotations
@@ -14,7 +14,19 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageEnhance
 
-__all__ = ["CLASSES", "COLORS", "PAINTED", "SPRITES", "Question", "Scene", "SceneObject", "compose"]
+from captum_intramodal.errors import IntramodalError, InvalidOptionError
+
+__all__ = [
+    "CLASSES",
+    "COLORS",
+    "DESCRIBE_PROMPTS",
+    "SPRITES",
+    "AmbiguousNeighborError",
+    "Question",
+    "Scene",
+    "SceneObject",
+    "compose",
+]
 
 SPRITES = Path(__file__).parent / "sprites"
 
@@ -24,13 +36,13 @@ CLASSES: tuple[str, ...] = (
     "moon", "umbrella", "clock", "book", "guitar", "balloon", "gift", "key",
 )  # fmt: skip
 
-# Hue (0..255, Pillow's HSV) that each color word stands for.
+# Hue of each color word: 0..255, as in Pillow's HSV.
 COLORS: dict[str, int] = {"red": 0, "yellow": 42, "green": 85, "blue": 150, "purple": 195}
 
-# Classes whose sprite is painted in one of COLORS; their noun is always said with the color.
-PAINTED: frozenset[str] = frozenset({"car", "book", "balloon", "gift", "star", "key"})
+# Classes whose sprites are painted in one of COLORS; answers always name the color of these.
+_PAINTED: frozenset[str] = frozenset({"car", "book", "balloon", "gift", "star", "key"})
 
-DIRECTIONS: dict[str, tuple[int, int]] = {"left": (-1, 0), "right": (1, 0), "above": (0, -1), "below": (0, 1)}
+_DIRECTIONS: dict[str, tuple[int, int]] = {"left": (-1, 0), "right": (1, 0), "above": (0, -1), "below": (0, 1)}
 
 DESCRIBE_PROMPTS: tuple[str, ...] = (
     "describe the picture.",
@@ -40,11 +52,18 @@ DESCRIBE_PROMPTS: tuple[str, ...] = (
 )
 
 
-class Question(NamedTuple):
-    """A prompt about a scene, its answer, and the kind of task.
+class AmbiguousNeighborError(IntramodalError, LookupError):
+    """The scene does not clearly show which object lies in a direction."""
 
-    ``describe``, ``relation``, ``exists`` and ``absent`` come with their right answer; the answer of a
-    ``hallucination`` names one object that is not there.
+
+class Question(NamedTuple):
+    r"""A prompt about a scene, with its answer and task.
+
+    Args:
+
+        prompt (str): The prompt.
+        answer (str): The right answer; for ``'hallucination'``, one that names an object that is not in the scene.
+        task (str): ``'describe'``, ``'relation'``, ``'exists'``, ``'absent'`` or ``'hallucination'``.
     """
 
     prompt: str
@@ -54,7 +73,14 @@ class Question(NamedTuple):
 
 @dataclass(frozen=True)
 class SceneObject:
-    """One object of a scene: class name, color word or None, and box ``(x0, y0, x1, y1)`` in pixels."""
+    r"""An object of a scene.
+
+    Attributes:
+
+        name (str): Its class.
+        color (str or None): Its color word, if its class is painted.
+        box (tuple[int, int, int, int]): Its box (left, top, right, bottom) in pixels.
+    """
 
     name: str
     color: str | None
@@ -62,25 +88,27 @@ class SceneObject:
 
     @property
     def center(self) -> tuple[float, float]:
+        """Return the center (x, y) of the box in pixels."""
         return (self.box[0] + self.box[2]) / 2, (self.box[1] + self.box[3]) / 2
 
     @property
     def phrase(self) -> str:
-        """The object as the answers name it: ``a dog``, ``an apple``, ``a red car``."""
+        """Return the object's name as used in answers: ``a dog``, ``an apple``, ``a red car``."""
         words = f"{self.color} {self.name}" if self.color else self.name
         return f"{_article(words)} {words}"
 
 
 @dataclass(frozen=True)
 class Scene:
-    """A composed image: RGB image, objects from left to right, and their visible masks.
+    r"""A composed image with its objects and their masks.
 
     Attributes:
-        image (PIL.Image.Image): the image, RGB.
-        objects (tuple[SceneObject, ...]): sorted by the horizontal position of their center.
-        masks (numpy.ndarray): bool, shape (number of objects, height, width); the pixels where the object is
-            visible (alpha above one half and no other object in front).
-        seed (int): the seed that made the scene.
+
+        image (PIL.Image.Image): The image, RGB.
+        objects (tuple[SceneObject, ...]): The objects from left to right, by their centers.
+        masks (ndarray): Pixels where each object is visible (opacity above one half, no other object in front), bool
+                    (number of objects, height, width).
+        seed (int): Seed of the scene.
     """
 
     image: Image.Image
@@ -89,25 +117,35 @@ class Scene:
     seed: int
 
     def mask_of(self, name: str) -> np.ndarray:
-        """Union of the visible masks of all objects of a class, bool (height, width)."""
+        """Return the union of the masks of all objects of a class, bool (height, width)."""
         indices = [i for i, item in enumerate(self.objects) if item.name == name]
         return np.asarray(self.masks[indices].any(0))
 
     @property
     def description(self) -> str:
+        """Return the right answer to a request for a description."""
         return _description([item.phrase for item in self.objects])
 
     def neighbor(self, index: int, direction: str) -> int | None:
-        """Index of the object that lies in a direction from another one, None where nothing does.
+        r"""Find the nearest object in a direction.
 
-        An object lies to the *left* of another if the line between their centers is closer to the horizontal than to
-        the vertical; of several, the nearest counts.
+        An object lies to the left of another if the line between their centers is closer to the horizontal than to the
+        vertical; the other directions follow the same rule.
+
+        Args:
+
+            index (int): Index of the object to start from.
+            direction (str): ``'left'``, ``'right'``, ``'above'`` or ``'below'``.
+
+        Returns:
+            **neighbor** (*int or None*):
+                Index of the nearest object in that direction; ``None`` if there is none.
 
         Raises:
-            LookupError: where a person could not say for sure: an object near the diagonal, or two candidates at
-                nearly the same distance.
+            AmbiguousNeighborError: A person could not answer with certainty: an object lies near the diagonal, or two
+                objects are about equally near.
         """
-        sign_x, sign_y = DIRECTIONS[direction]
+        sign_x, sign_y = _DIRECTIONS[direction]
         cx, cy = self.objects[index].center
         certain: list[tuple[float, int]] = []
         for other, item in enumerate(self.objects):
@@ -116,28 +154,32 @@ class Scene:
             if other == index or along <= 0 or along < 0.8 * across:
                 continue
             if along < 1.25 * across:
-                raise LookupError(f"object {other} lies near the diagonal of object {index}")
+                raise AmbiguousNeighborError(f"Object {other} lies near the diagonal of object {index}.")
             certain.append((float(np.hypot(dx, dy)), other))
         certain.sort()
         if len(certain) > 1 and certain[0][0] > 0.75 * certain[1][0]:
-            raise LookupError(f"objects {certain[0][1]} and {certain[1][1]} are both {direction} of object {index}")
+            raise AmbiguousNeighborError(
+                f"Objects {certain[0][1]} and {certain[1][1]} are about equally near in the direction {direction!r} of "
+                f"object {index}."
+            )
         return certain[0][1] if certain else None
 
     def describe_question(self, rng: np.random.Generator) -> Question:
+        """Draw a request for a description, with the right answer."""
         return Question(str(rng.choice(DESCRIBE_PROMPTS)), self.description, "describe")
 
     def relation_question(self, rng: np.random.Generator) -> Question | None:
-        """A question *what is left / right / above / below of the X?* with an unambiguous answer, or None."""
+        """Draw a question *what is left of (right of, above, below) the X?* with an unambiguous answer, or ``None``."""
         found: list[Question] = []
         nothing: list[Question] = []
         names = [item.name for item in self.objects]
         for index, item in enumerate(self.objects):
             if names.count(item.name) > 1:
                 continue
-            for direction in DIRECTIONS:
+            for direction in _DIRECTIONS:
                 try:
                     neighbor = self.neighbor(index, direction)
-                except LookupError:
+                except AmbiguousNeighborError:
                     continue
                 where = f"{direction} of" if direction in ("left", "right") else direction
                 prompt = f"what is {where} the {item.name}?"
@@ -150,27 +192,28 @@ class Scene:
         return nothing[rng.integers(len(nothing))] if nothing else None
 
     def exists_question(self, rng: np.random.Generator, classes: tuple[str, ...] = CLASSES) -> Question:
-        """A question *is there a X?*; yes and no are equally frequent."""
+        """Draw a question *is there a X?*, with the answer yes or no with equal probability."""
         if rng.random() < 0.5:
             item = self.objects[rng.integers(len(self.objects))]
             return Question(f"is there {_article(item.name)} {item.name}?", f"yes, there is {item.phrase}.", "exists")
         return self.absent_question(rng, classes)._replace(task="exists")
 
     def absent_question(self, rng: np.random.Generator, classes: tuple[str, ...] = CLASSES) -> Question:
-        """A question *is there a X?* for a class that the scene does not show."""
+        """Draw a question *is there a X?* for a class that is not in the scene."""
         name = self._absent_class(rng, classes)
         return Question(f"is there {_article(name)} {name}?", f"no, there is no {name}.", "absent")
 
     def hallucination(self, rng: np.random.Generator, classes: tuple[str, ...] = CLASSES) -> Question:
-        """A request for a description with a wrong answer: it names one object more than the scene shows."""
+        """Draw a request for a description, with a wrong answer that names one additional object."""
         prompt = str(rng.choice(DESCRIBE_PROMPTS))
         phrases = [item.phrase for item in self.objects]
         name = self._absent_class(rng, classes)
-        color = str(rng.choice(list(COLORS))) if name in PAINTED else None
+        color = str(rng.choice(list(COLORS))) if name in _PAINTED else None
         phrases.insert(int(rng.integers(len(phrases) + 1)), SceneObject(name, color, (0, 0, 0, 0)).phrase)
         return Question(prompt, _description(phrases), "hallucination")
 
     def _absent_class(self, rng: np.random.Generator, classes: tuple[str, ...]) -> str:
+        """Draw a class that is not in the scene."""
         absent = sorted(set(classes) - {item.name for item in self.objects})
         return absent[rng.integers(len(absent))]
 
@@ -186,68 +229,100 @@ def compose(
     overlap: float = 0.0,
     scale: float = 1.0,
 ) -> Scene:
-    r"""Composes an image of objects on a smooth random background.
+    r"""Compose an image of objects on a smooth random background.
 
     Args:
-        seed (int): everything random follows from it.
-        size (tuple[int, int]): width and height of the image in pixels.
-        n_objects (int or tuple[int, int]): number of objects, or its inclusive range. Where the image has no room
-            for so many, it gets fewer.
-        classes (tuple[str, ...]): names to choose from; each appears at most once, but for ``same_class``.
-        sprites (Path): folder with ``<name>.webp``, RGBA.
-        same_class (int): how many of the objects are of one and the same class.
-            Default: 1
-        overlap (float): 0: objects keep apart; up to 0.6: every object covers part of another one or is partly
-            covered, the more the larger the value, and none is hidden.
-            Default: 0
-        scale (float): factor on the objects' diameters, above 0 and at most 1.
-            Default: 1
+
+        seed (int): Seed of everything random.
+        size (tuple[int, int]): Width and height of the image in pixels.
+                    Default: ``(256, 192)``
+        n_objects (int or tuple[int, int]): Number of objects, or its inclusive range. The image gets fewer if it has no
+                    room for all.
+                    Default: ``(2, 4)``
+        classes (tuple[str, ...]): Classes to choose from; each occurs at most once, except for ``same_class``.
+                    Default: all
+        sprites (Path): Folder with ``<name>.webp``, RGBA.
+                    Default: the package's own
+        same_class (int): Number of objects that share a class.
+                    Default: ``1``
+        overlap (float): From 0, objects are kept apart, to 0.6: the larger, the more every object covers part of
+                    another, or is partly covered; none is hidden.
+                    Default: ``0.0``
+        scale (float): Factor on the objects' diameters, above 0 and at most 1.
+                    Default: ``1.0``
 
     Returns:
-        Scene: the same for the same arguments.
+        **scene** (*Scene*):
+            The same for the same arguments.
 
     Raises:
-        ValueError: ``same_class``, ``overlap`` or ``scale`` out of range.
+        InvalidOptionError: ``same_class``, ``overlap`` or ``scale`` is out of range.
 
     Examples::
 
+        >>> from captum_intramodal.demo import compose
         >>> scene = compose(7, size=(256, 192), n_objects=3)
         >>> scene.masks.shape
         (3, 192, 256)
     """
     if same_class < 1 or not 0 <= overlap <= 0.6 or not 0 < scale <= 1:
-        raise ValueError(
+        raise InvalidOptionError(
             f"same_class={same_class}, overlap={overlap}, scale={scale}: same_class has to be 1 or more, overlap "
-            "between 0 and 0.6, scale above 0 and at most 1"
+            "between 0 and 0.6, scale above 0 and at most 1."
         )
     rng = np.random.default_rng(seed)
     low, high = (n_objects, n_objects) if isinstance(n_objects, int) else n_objects
     count = int(rng.integers(low, high + 1))
     names = [classes[i] for i in rng.choice(len(classes), size=count, replace=False)]
     names[:same_class] = names[:1] * len(names[:same_class])
+    image, objects, masks = _paint(rng, size, _place(rng, names, size, overlap, scale), sprites)
+    order = sorted(range(len(objects)), key=lambda i: objects[i].center[0])
+    return Scene(image, tuple(objects[i] for i in order), np.stack([masks[i] for i in order]), seed)
+
+
+class _Placement(NamedTuple):
+    """The class of an object, its center and its diameter in pixels."""
+
+    name: str
+    x: float
+    y: float
+    diameter: float
+
+
+def _place(
+    rng: np.random.Generator, names: list[str], size: tuple[int, int], overlap: float, scale: float
+) -> list[_Placement]:
+    """Draw places for objects; leave out those for which no place is found."""
     width, height = size
-    placed: list[tuple[str, float, float, float]] = []
-    # A share of the image that leaves room for all: one object fills up to 85 % of the short side, five up to 38 %.
-    largest = min(width, height) * min(0.85, 0.85 / count**0.5) * scale
+    placed: list[_Placement] = []
+    # The largest diameter leaves room for all: up to 85 % of the shorter side for one object, 38 % for five.
+    largest = min(width, height) * min(0.85, 0.85 / len(names) ** 0.5) * scale
     for name in names:
         for _ in range(1000 if overlap else 30):
             diameter = rng.uniform(0.6, 1.0) * largest
             x = rng.uniform(diameter / 2, width - diameter / 2)
             y = rng.uniform(diameter / 2, height - diameter / 2)
-            # 1 where the two just touch, as round objects would.
-            distances = [np.hypot(x - px, y - py) / (0.45 * (diameter + other)) for _, px, py, other in placed]
+            # A distance of 1 means that two objects just touch, as if they were round.
+            distances = [np.hypot(x - p.x, y - p.y) / (0.45 * (diameter + p.diameter)) for p in placed]
             apart = all(distance > 1 - overlap for distance in distances) and all(
-                abs(x - px) > 0.06 * width * (1 - overlap) * scale for _, px, _, _ in placed
+                abs(x - p.x) > 0.06 * width * (1 - overlap) * scale for p in placed
             )
             if apart and (not overlap or not placed or min(distances) < 1 - overlap / 2):
-                placed.append((name, x, y, diameter))
+                placed.append(_Placement(name, x, y, diameter))
                 break
-    canvas = _background(rng, size)
+    return placed
+
+
+def _paint(
+    rng: np.random.Generator, size: tuple[int, int], placed: list[_Placement], sprites: Path
+) -> tuple[Image.Image, list[SceneObject], list[np.ndarray]]:
+    """Paint objects on a background, later ones in front; return their visible masks, too."""
+    image = _background(rng, size)
     objects: list[SceneObject] = []
     masks: list[np.ndarray] = []
     for name, x, y, diameter in placed:
-        color = str(rng.choice(list(COLORS))) if name in PAINTED else None
-        sprite = _sprite(name, color, str(sprites))
+        color = str(rng.choice(list(COLORS))) if name in _PAINTED else None
+        sprite = _load_sprite(name, color, str(sprites))
         if rng.random() < 0.5:
             sprite = sprite.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         side = max(8, round(diameter))
@@ -256,30 +331,31 @@ def compose(
         alpha = sprite.getchannel("A")
         painted = ImageEnhance.Brightness(sprite.convert("RGB")).enhance(rng.uniform(0.85, 1.12))
         left, top = round(x - side / 2), round(y - side / 2)
-        canvas.paste(painted, (left, top), alpha)
+        image.paste(painted, (left, top), alpha)
         layer = Image.new("L", size)
         layer.paste(alpha, (left, top))
         mask = np.asarray(layer) > 127
         masks = [earlier & ~mask for earlier in masks]
         masks.append(mask)
         objects.append(SceneObject(name, color, (left, top, left + side, top + side)))
-    order = sorted(range(len(objects)), key=lambda i: objects[i].center[0])
-    return Scene(canvas, tuple(objects[i] for i in order), np.stack([masks[i] for i in order]), seed)
+    return image, objects, masks
 
 
 def _description(phrases: list[str]) -> str:
+    """List phrases in a sentence."""
     listing = phrases[0] if len(phrases) == 1 else f"{', '.join(phrases[:-1])} and {phrases[-1]}"
     return f"the picture shows {listing}."
 
 
 def _article(words: str) -> str:
+    """Return the article of a noun phrase."""
     if words == "grapes":
         return "some"
     return "an" if words[0] in "aeiou" else "a"
 
 
 def _background(rng: np.random.Generator, size: tuple[int, int]) -> Image.Image:
-    """Smooth blotches of muted color: a random grid of at most 5 x 4 cells, enlarged."""
+    """Draw smooth blotches of muted color, by enlarging a random grid of at most 5 x 4 cells."""
     cells = rng.integers(2, 6), rng.integers(2, 5)
     base = rng.uniform(60, 220) + rng.normal(0, 25, size=3)
     grid = np.clip(base + rng.normal(0, 22, size=(cells[1], cells[0], 3)), 0, 255).astype(np.uint8)
@@ -287,7 +363,8 @@ def _background(rng: np.random.Generator, size: tuple[int, int]) -> Image.Image:
 
 
 @lru_cache(maxsize=512)
-def _sprite(name: str, color: str | None, folder: str) -> Image.Image:
+def _load_sprite(name: str, color: str | None, folder: str) -> Image.Image:
+    """Load a sprite, and paint its saturated pixels in a color."""
     with Image.open(Path(folder) / f"{name}.webp") as file:
         sprite = file.convert("RGBA")
     if color is None:

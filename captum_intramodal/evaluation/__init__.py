@@ -1,8 +1,16 @@
-"""Is an explanation true? Explainers compared on a data set: a resumable run, its metrics and the resulting table."""
+r"""Which explainer is most faithful to the model? Compare explainers on a data set in a resumable run.
 
-from captum_intramodal.evaluation.case import AnsweredSample, AnswerWord
-from captum_intramodal.evaluation.leaderboard import Column, Leaderboard, make_leaderboard
-from captum_intramodal.evaluation.measures import METRICS, Metric, MetricResult, make_metric
+:func:`evaluate` runs it, :func:`make_metric` makes a metric from text, :func:`register_metric` adds a metric, and
+:func:`make_leaderboard` turns the records into tables and plots.
+"""
+
+# The modules of metrics register their classes when they are imported.
+from captum_intramodal.evaluation import faithfulness_metrics, localization_metrics  # noqa: F401
+from captum_intramodal.evaluation.example import AnsweredSample, AnswerWord
+from captum_intramodal.evaluation.leaderboard import Leaderboard, make_leaderboard
+from captum_intramodal.evaluation.metric_base import Metric, MetricResult
+from captum_intramodal.evaluation.metric_registry import METRICS, make_metric, register_metric
+from captum_intramodal.evaluation.records import Column
 from captum_intramodal.evaluation.run import DEFAULT_EXPLAINERS, DEFAULT_METRICS, evaluate
 
 __all__ = [
@@ -18,4 +26,9 @@ __all__ = [
     "evaluate",
     "make_leaderboard",
     "make_metric",
+    "register_metric",
 ]
+
+# Former names.
+Case = AnsweredSample
+Measured = MetricResult

@@ -1,12 +1,10 @@
-r"""What :func:`captum_intramodal.explain` returns: maps and text relevance of every word, to look at, save and load."""
+r"""The result of ``explain``: heatmaps and text relevance of every word, plots, pages, saving and loading."""
 
 from __future__ import annotations
 
 import json
 import math
 import os
-import tempfile
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -21,9 +19,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from captum_intramodal._utils.io import write_atomically
+from captum_intramodal._utils.io import replace_files, write_atomically
 from captum_intramodal.attr.llm_input import grid_segments, number_segments
 from captum_intramodal.attr.llm_result import MultimodalLLMAttributionResult
+from captum_intramodal.errors import InvalidInputError, InvalidOptionError, SavedExplanationError
 from captum_intramodal.text.spans import Word, group_words
 from captum_intramodal.viz.page import render_html
 
@@ -31,11 +30,9 @@ __all__ = ["Explanation"]
 
 Part = Literal["answer", "prompt"]
 
-
 _TENSORS, _TEXTS = "explanation.safetensors", "explanation.json"
-
-
 _FORMAT = 1
+_SAVED_TENSORS = ("token_ids", "spans", "relevance", "probabilities")
 
 
 @dataclass(frozen=True)
@@ -46,14 +43,15 @@ class Explanation:
     Attributes:
 
         images (list[PIL.Image.Image]): The images, RGB.
-        prompt, answer (str): What was asked and answered.
+        prompt, answer (str): Text of the prompt and of the answer.
         token_ids (Tensor): Ids of the prompt's tokens, then of the answer's, int64 (n,).
-        spans (Tensor): Characters of each token in the prompt or answer, int64 (n, 2).
-        maps (list[Tensor]): Per image the tokens' maps, float32 (n, rows, columns), not negative, all on one scale.
-        relevance (Tensor): How much each earlier token (column) speaks for a token (row): the logit lens of the token
-            at the earlier token's position, clipped at 0, 0 for the same token; float32 (n, n).
+        spans (Tensor): First and last character (exclusive) of each token in prompt or answer, int64 (n, 2).
+        maps (list[Tensor]): Per image the tokens' maps, float32 (n, rows, columns), not negative, comparable with each
+            other.
+        relevance (Tensor): Text activation of each earlier token (column) for a token (row): the logit lens of the
+            token at the earlier token's position, clipped at 0, and 0 for the same token; float32 (n, n).
         probabilities (Tensor): Of the answer's tokens, each given all before it, float32 (n_answer,).
-        settings (dict): Everything needed to repeat the explanation: versions, model id and revision, scales, options.
+        settings (dict): All that is needed to repeat the explanation: versions, model id and revision, scales, options.
     """
 
     images: list[Image.Image]
@@ -94,15 +92,15 @@ class Explanation:
         return group_words(self.prompt, self.spans[: self._prompt_count].tolist())
 
     def _rows(self, index: int | str | Word, part: Part) -> list[int]:
-        """Rows of ``maps`` and ``relevance`` of a token index, a word or a word's text."""
+        """Return the rows of ``maps`` and ``relevance`` of a token index, a word or a word's text."""
         if part not in ("answer", "prompt"):
-            raise ValueError(f"part must be 'answer' or 'prompt', got {part!r}.")
+            raise InvalidOptionError(f"part must be 'answer' or 'prompt', got {part!r}.")
         first, count = (0, self._prompt_count) if part == "prompt" else (self._prompt_count, len(self.probabilities))
         if isinstance(index, str):
             words = self.words if part == "answer" else self.prompt_words
             index = next((word for word in words if word.text.lower() == index.lower()), index)
             if isinstance(index, str):
-                raise ValueError(f"The {part} has no word {index!r}; it has {', '.join(w.text for w in words)}.")
+                raise InvalidInputError(f"The {part} has no word {index!r}; it has {', '.join(w.text for w in words)}.")
         if isinstance(index, Word):
             return [first + token for token in index.tokens]
         if not -count <= index < count:
@@ -118,7 +116,7 @@ class Explanation:
         normalize: Literal["token", "answer"] = "token",
     ) -> Tensor:
         r"""
-        Where a token or word comes from in an image.
+        Return the heatmap of a token or word over an image.
 
         Args:
 
@@ -130,23 +128,32 @@ class Explanation:
                         Default: ``'answer'``
             image (int, optional): Which image.
                         Default: 0
-            normalize (str, optional): What becomes 1: the largest value of this map (``'token'``), or of all the
+            normalize (str, optional): Which value becomes 1: the largest of this map (``'token'``), or of all the
                         answer's maps (``'answer'``), so that words without visual evidence stay dark.
                         Default: ``'token'``
 
         Returns:
-            *Tensor* float32 (height, width) in [0, 1].
+            **heatmap** (*Tensor*):
+                float32 (height, width) in [0, 1].
 
         Raises:
-            IndexError, ValueError: a token, word or image that does not exist, or an empty size.
+            IndexError: a token or image does not exist.
+            InvalidInputError: a word does not exist, or the size is empty.
+
+        Examples::
+
+            >>> explanation.heatmap(1).shape == (image.height, image.width)
+            True
+            >>> float(explanation.heatmap(1, size=(24, 32)).max()) <= 1
+            True
         """
         if not -len(self.maps) <= image < len(self.maps):
             raise IndexError(f"Image {image} does not exist; there are {len(self.maps)}.")
         if normalize not in ("token", "answer"):
-            raise ValueError(f"normalize must be 'token' or 'answer', got {normalize!r}.")
+            raise InvalidOptionError(f"normalize must be 'token' or 'answer', got {normalize!r}.")
         values = self.maps[image][self._rows(index, part)].mean(0)
         if normalize == "token":
-            # The largest over all images: of two images the one that matters less stays darker.
+            # The largest over all images: the image that matters less stays darker.
             largest = max(float(maps[self._rows(index, part)].mean(0).max()) for maps in self.maps)
         else:
             largest = max(float(maps[self._prompt_count :].max()) for maps in self.maps)
@@ -154,15 +161,15 @@ class Explanation:
             width, height = self.images[image].size
             size = (height, width)
         if len(size) != 2 or min(size) < 1:
-            raise ValueError(f"size must be (height, width), both at least 1, got {size}.")
+            raise InvalidInputError(f"size must be (height, width), both at least 1, got {size}.")
         resized = F.interpolate(values[None, None], size=tuple(size), mode="bilinear", align_corners=False)[0, 0]
         return (resized / largest).clamp(0, 1) if largest > 0 else torch.zeros_like(resized)
 
     def text_relevance(self, index: int | str | Word, part: Part = "answer") -> Tensor:
         r"""
-        How much each earlier token speaks for a token or word: the logit lens of the token's id at the earlier token's
-        position, clipped at 0 (TAM's text activation). The position right before a token, which predicts it, always
-        says much for it.
+        Return the relevance of each earlier token for a token or word: the logit lens of its id at the earlier token's
+        position, clipped at 0 (TAM's text activation). The position right before a token predicts it, so its relevance
+        is always high.
 
         Args:
 
@@ -171,8 +178,10 @@ class Explanation:
                         Default: ``'answer'``
 
         Returns:
-            *Tensor* float32 in [0, 1], the largest is 1 (all zero where nothing matters); one value per token before
-            the (word's first) token: the prompt's tokens, then the answer's. Their texts are :meth:`earlier_tokens`.
+            **relevance** (*Tensor*):
+                float32 in [0, 1]; the largest is 1, or all are 0 if nothing is relevant. One value per token before
+                the (word's first) token: the prompt's tokens, then the answer's; :meth:`earlier_tokens` has their
+                texts.
         """
         rows = self._rows(index, part)
         values = self.relevance[rows, : rows[0]].mean(0)
@@ -180,11 +189,11 @@ class Explanation:
         return values / largest if largest > 0 else torch.zeros_like(values)
 
     def earlier_tokens(self, index: int | str | Word, part: Part = "answer") -> list[str]:
-        """Texts of the tokens that :meth:`text_relevance` speaks of."""
+        """Return the texts of the tokens whose relevance :meth:`text_relevance` returns."""
         return [*self.prompt_tokens, *self.tokens][: self._rows(index, part)[0]]
 
     def word_maps(self, part: Part) -> list[np.ndarray]:
-        """Per image the raw maps of all words, float32 (words, rows, columns), not negative, on one scale."""
+        """Return per image the maps of all words, float32 (words, rows, columns), not negative, not normalized."""
         words = self.words if part == "answer" else self.prompt_words
         return [
             np.stack([maps[self._rows(word, part)].mean(0).numpy() for word in words])
@@ -194,8 +203,8 @@ class Explanation:
         ]
 
     def word_relevance(self, part: Part) -> np.ndarray:
-        """Relevance of the prompt's and answer's words (columns) for each word (row), float32 in [0, 1]; a word of
-        several tokens counts with its largest. 0 for words that are not earlier."""
+        """Return the relevance of the prompt's and answer's words (columns) for each word (row), float32 in [0, 1]: the
+        largest of the word's tokens, and 0 for words that do not come earlier."""
         columns = [self._rows(word, "prompt") for word in self.prompt_words]
         columns += [self._rows(word, "answer") for word in self.words]
         words = self.words if part == "answer" else self.prompt_words
@@ -209,10 +218,10 @@ class Explanation:
 
     def to_llm_attribution_result(self, grid: tuple[int, int] = (6, 6)) -> MultimodalLLMAttributionResult:
         r"""
-        The answer's explanation as Captum's ``LLMAttributionResult``, with its plots.
+        Convert the answer's explanation to Captum's ``LLMAttributionResult``, which has plots.
 
-        A region's attribution is the mean of a token's map there, an earlier token's is its relevance: both are logits
-        of the logit lens at a position, clipped at 0. The whole answer's are the sums over its tokens.
+        The attribution of a region is the mean of a token's map over it, that of an earlier token is its relevance;
+        both are logits of the logit lens at a position, clipped at 0. The whole answer's are the sums over its tokens.
 
         Args:
 
@@ -220,8 +229,8 @@ class Explanation:
                         Default: ``(6, 6)``
 
         Returns:
-            *MultimodalLLMAttributionResult*: its features are the regions, the prompt's tokens, and the answer's but
-            the last.
+            **result** (*MultimodalLLMAttributionResult*):
+                Its features are the regions, the prompt's tokens, and the answer's tokens except the last.
         """
         answer = slice(self._prompt_count, None)
         regions = [F.adaptive_avg_pool2d(maps[answer], grid).flatten(1) for maps in self.maps]
@@ -237,7 +246,7 @@ class Explanation:
         )
 
     def to_visualization_record(self, index: int | str | Word) -> visualization.VisualizationDataRecord:
-        """The :meth:`text_relevance` of an answer's token or word, as Captum's ``visualize_text`` draws it."""
+        """Return the :meth:`text_relevance` of an answer's token or word as Captum's ``visualize_text`` draws it."""
         rows, relevance = self._rows(index, "answer"), self.text_relevance(index)
         text = self.answer[int(self.spans[rows[0], 0]) : int(self.spans[rows[-1], 1])].strip()
         return visualization.VisualizationDataRecord(
@@ -252,11 +261,11 @@ class Explanation:
         )
 
     def to_html(self, path: str | os.PathLike[str]) -> Path:
-        """Writes the explanation as one self-contained page that needs no network; returns its path."""
+        """Write the explanation as one self-contained page that needs no network, and return its path."""
         return write_atomically(Path(path), render_html(self).encode())
 
     def _repr_html_(self) -> str:
-        """The page inside a notebook, in a frame of its own so that styles and scripts do not mix."""
+        """Return the page in a frame of its own, so that its styles and scripts do not mix with the notebook's."""
         from html import escape
 
         frame = escape(render_html(self), quote=True)
@@ -264,16 +273,21 @@ class Explanation:
 
     def save(self, directory: str | os.PathLike[str]) -> Path:
         r"""
-        Saves tensors (safetensors), texts and settings (JSON) and images (PNG) into a directory, which is made where
-        it does not exist. Each file appears whole or not at all, the JSON file last.
+        Save tensors (safetensors), text and settings (JSON) and images (PNG) in a directory, which is created if it
+        does not exist. Each file is written as a whole or not at all, the JSON file last.
 
         Returns:
-            *Path* of the directory.
+            **directory** (*Path*)
+
+        Examples::
+
+            >>> from captum_intramodal import Explanation
+            >>> Explanation.load(explanation.save("dog")).answer == explanation.answer
+            True
         """
         directory = Path(directory)
-        directory.mkdir(parents=True, exist_ok=True)
         tensors = {f"maps.{i}": maps.contiguous() for i, maps in enumerate(self.maps)}
-        tensors |= {name: getattr(self, name).contiguous() for name in _STORED}
+        tensors |= {name: getattr(self, name).contiguous() for name in _SAVED_TENSORS}
         texts = {
             "format": _FORMAT,
             "prompt": self.prompt,
@@ -281,23 +295,20 @@ class Explanation:
             "images": len(self.images),
             "settings": self.settings,
         }
-        with tempfile.TemporaryDirectory(dir=directory, prefix=".saving-") as partial:
-            temporary = Path(partial)
+        with replace_files(directory, last=_TEXTS) as temporary:
             for index, image in enumerate(self.images):
                 image.save(temporary / f"image-{index}.png")
             save_file(tensors, temporary / _TENSORS)
             (temporary / _TEXTS).write_text(json.dumps(texts, indent=1, ensure_ascii=False), encoding="utf-8")
-            for name in sorted(os.listdir(temporary), key=lambda name: name == _TEXTS):
-                os.replace(temporary / name, directory / name)
         return directory
 
     @classmethod
     def load(cls, directory: str | os.PathLike[str]) -> Explanation:
         r"""
-        Loads what :meth:`save` saved.
+        Load an explanation that :meth:`save` saved.
 
         Raises:
-            ValueError: the directory holds no complete explanation.
+            SavedExplanationError: the directory holds no complete explanation.
         """
         directory = Path(directory)
         try:
@@ -313,16 +324,15 @@ class Explanation:
                 answer=texts["answer"],
                 maps=[tensors[f"maps.{i}"] for i in range(texts["images"])],
                 settings=texts["settings"],
-                **{name: tensors[name] for name in _STORED},
+                **{name: tensors[name] for name in _SAVED_TENSORS},
             )
         except (OSError, KeyError, TypeError, json.JSONDecodeError, SafetensorError) as error:
-            raise ValueError(f"{directory} holds no complete explanation ({type(error).__name__}: {error}).") from error
+            raise SavedExplanationError(
+                f"{directory} holds no complete explanation: {type(error).__name__} while reading it. Save it again."
+            ) from error
 
     def __repr__(self) -> str:
         return (
             f"Explanation({self.answer!r}, {len(self.words)} words, {len(self.images)} images, "
             f"scales={self.settings.get('scales')})"
         )
-
-
-_STORED: Sequence[str] = ("token_ids", "spans", "relevance", "probabilities")

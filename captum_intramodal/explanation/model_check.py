@@ -1,4 +1,4 @@
-r"""What holds on a model that nobody has tried before: an explanation's assumptions, tested on the model itself."""
+r"""Does an untested model meet the assumptions of an explanation? Each is tested on the model itself."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ import torch
 from PIL import Image
 from transformers import PreTrainedModel
 
-from captum_intramodal._utils.image import check_images, image_to_tensor
+from captum_intramodal._utils.image import check_images, image_to_tensor, resize_images
 from captum_intramodal.adapter.model_adapter import ModelAdapter
 from captum_intramodal.adapter.prompts import Prompt
-from captum_intramodal.adapter.trials import logits_gap
+from captum_intramodal.adapter.trials import logits_gap, tolerance_of
 from captum_intramodal.attr.pixel_forward import PixelForward
-from captum_intramodal.explanation.scale_maps import resize_images
+from captum_intramodal.errors import NoTokenGeometryError
 from captum_intramodal.explanation.scale_views import select_views
 from captum_intramodal.geometry.oracle import geometry_oracle
 from captum_intramodal.geometry.token_geometry import TokenGeometry
@@ -25,22 +25,21 @@ from captum_intramodal.models.hooks import evaluation_mode
 
 __all__ = ["Check", "CheckReport", "check"]
 
-# Right boxes score 0.97 to 1 in the oracle; wrong ones hardly reach a half.
+# Correct boxes score 0.97 to 1 in the oracle, wrong ones rarely reach 0.5.
 ORACLE_PASSES = 0.9
-
-
+# (width, height) of the image that is tested if none is given.
 SIZE = (640, 400)
 
 
 @dataclass(frozen=True)
 class Check:
-    """One assumption.
+    """One tested assumption.
 
     Attributes:
-        name (str): what is assumed.
-        passed (bool, optional): whether it holds; None where the model gives nothing to test.
-        detail (str): what was measured, or what went wrong and what to do.
-        figures (dict): the numbers in it.
+        name (str): name of the assumption.
+        passed (bool or None): whether it holds; None if the model offers nothing to test.
+        detail (str): the measurement, or what went wrong and what to do.
+        figures (dict): the numbers in ``detail``.
     """
 
     name: str
@@ -63,7 +62,7 @@ class CheckReport:
 
     @property
     def passed(self) -> bool:
-        """Whether nothing failed."""
+        """True if no check failed."""
         return all(check.passed is not False for check in self.checks)
 
     def __getitem__(self, name: str) -> Check:
@@ -83,20 +82,20 @@ def check(
     progress: Callable[[str], None] | None = None,
 ) -> CheckReport:
     r"""
-    Tests on a model what an explanation of its answers builds upon, in seconds on a small model.
+    Test whether a model meets the assumptions of an explanation; takes seconds on a small model.
 
-    - *geometry*: the visual token that reacts most to a small change of the image has a box around the change
+    - *geometry*: the visual token that reacts most to a small change of the image has a box that contains the change
       (:func:`~captum_intramodal.geometry.geometry_oracle`), far more often than with shuffled boxes;
     - *logit lens*: the model's logits follow from its last decoder layer's output, and how;
-    - *teacher forcing*: one pass over prompt and answer predicts what ``generate`` answered;
-    - *scales*: at which factors the model sees something of its own, and whether the boxes hold there as well;
-    - *pixels*: gradients pass through the image processor, and the logits stay the model's own.
+    - *teacher forcing*: one pass over prompt and answer predicts the tokens that ``generate`` returned;
+    - *scales*: the factors at which the model processes something new, and whether the boxes hold there as well;
+    - *pixels*: gradients flow through the image processor, and the logits stay the model's own.
 
     Args:
 
         model (PreTrainedModel): An image-text-to-text model.
         processor: Its processor.
-        image (PIL.Image.Image, optional): An image of the size that matters.
+        image (PIL.Image.Image, optional): An image of the size you work with.
                     Default: None, a smooth random one of 640 x 400 pixels
         prompt (str or Sequence[Mapping], optional): A question about one image.
                     Default: ``'describe the picture.'``
@@ -113,7 +112,6 @@ def check(
     Examples::
 
         >>> report = check(model, processor)
-        >>> print(report)
         >>> report["geometry"].passed
         True
     """
@@ -134,7 +132,7 @@ def check(
                 progress(f"Checking {name}")
             try:
                 yield step(adapter, checked, prompt)
-            # Whatever a model that we have never seen raises is the finding.
+            # Whatever an unknown model raises is the finding.
             except Exception as error:
                 yield Check(name, False, f"{type(error).__name__}: {' '.join(str(error).split())}")
 
@@ -156,16 +154,20 @@ def _oracle(
 def _check_geometry(adapter: ModelAdapter, image: Image.Image, prompt: Prompt) -> Check:
     try:
         geometry = adapter.geometry([image.size])
-    except ValueError as error:
+    except NoTokenGeometryError as error:
         adapter.pixel_maps([image.size])
-        return Check("geometry", None, f"{error} Explained by its pixels")
+        return Check("geometry", None, f"no visual tokens that cover known regions ({error}); explained by its pixels")
     counts = {kind: geometry.kinds.count(kind) for kind in dict.fromkeys(geometry.kinds)}
     found = f"{len(geometry.kinds)} visual tokens ({', '.join(f'{n} {kind}' for kind, n in counts.items())})"
     found += "" if geometry.argument is None else f" in {geometry.argument}"
     if "local" not in counts:
-        return Check("geometry", None, f"{found}; none stands for a region of the image. Explained by its pixels")
+        return Check(
+            "geometry", None, f"{found}; none covers a known region of the image. The model is explained by its pixels"
+        )
     if family_of(adapter.model.config).code_raster_ends is not None:
-        return Check("geometry", None, f"{found}; codes that no small change of the image moves", {"tokens": counts})
+        return Check(
+            "geometry", None, f"{found}; discrete codes that no small change of the image moves", {"tokens": counts}
+        )
     rate = _oracle(adapter, image, prompt, geometry)
     local = geometry.is_local.nonzero().flatten()
     boxes = geometry.boxes.clone()
@@ -189,13 +191,13 @@ def _check_geometry(adapter: ModelAdapter, image: Image.Image, prompt: Prompt) -
 
 def _check_lens(adapter: ModelAdapter, image: Image.Image, prompt: Prompt) -> Check:
     lens = adapter.lens
-    way = {"fast": "head(norm(h))", "replay": "the model's own tail, replayed (slower)"}[lens.tail]
+    tail = {"fast": "head(norm(h))", "replay": "the model's own tail, replayed (slower)"}[lens.tail]
     extra = "" if lens.factor == 1 else f", times {lens.factor:.4g}"
     extra += "" if lens.cap is None else f", soft-capped at {lens.cap:g}"
     return Check(
         "logit lens",
         True,
-        f"{way}{extra}; {len(lens.layers)} layers, vocabulary {lens.vocab_size}",
+        f"{tail}{extra}; {len(lens.layers)} layers, vocabulary {lens.vocab_size}",
         {"tail": lens.tail, "factor": lens.factor, "cap": lens.cap},
     )
 
@@ -205,37 +207,37 @@ def _check_teacher_forcing(adapter: ModelAdapter, image: Image.Image, prompt: Pr
     answer, generated = adapter.generate_with_logits(inputs, max_new_tokens=16)
     encoding = adapter.encode(inputs, answer)
     forced = encoding.rows(adapter.run(encoding.inputs).logits[0])[-len(answer) - 1 : -1]
-    gap, tolerance = logits_gap(forced, generated), _tolerance(adapter.model.dtype)
+    gap, tolerance = logits_gap(forced, generated), tolerance_of(adapter.model.dtype).generation
     return Check(
         "teacher forcing",
         gap <= tolerance,
-        f"the logits of one pass over prompt and answer differ from those of generate by {gap:.2%} of their spread "
+        f"the logits of one pass over prompt and answer differ from those of generate by {gap:.2%} of their standard "
+        "deviation "
         f"({len(answer)} tokens; up to {tolerance:.0%} is rounding)",
         {"gap": gap},
     )
 
 
-def _tolerance(dtype: torch.dtype) -> float:
-    return 0.01 if dtype in (torch.float32, torch.float64) else 0.1
-
-
 def _check_scales(adapter: ModelAdapter, image: Image.Image, prompt: Prompt) -> Check:
-    sights, _ = select_views(adapter, [image], "auto", adapter.prepare([image], prompt))
+    views, _ = select_views(adapter, [image], "auto", adapter.prepare([image], prompt))
     worst, sizes = 1.0, {}
-    for scale, sight in sights.items():
-        if not isinstance(sight, TokenGeometry):
+    for scale, view in views.items():
+        geometry = view.layout
+        if not isinstance(geometry, TokenGeometry):
             return Check(
-                "scales", None, f"no tokens with a place; {', '.join(map(str, sights))} differ in their pixels"
+                "scales",
+                None,
+                f"no tokens that cover known regions; scales {', '.join(map(str, views))} differ in their pixels",
             )
-        sizes[scale] = [round(side / scale, 1) for side in sight.token_size]
+        sizes[scale] = [round(side / scale, 1) for side in geometry.token_size]
         if family_of(adapter.model.config).code_raster_ends is None:
-            resized = resize_images([image], sight.image_sizes)[0]
-            worst = min(worst, _oracle(adapter, resized, prompt, sight, blocks=16))
+            (resized,) = resize_images([image], geometry.image_sizes)
+            worst = min(worst, _oracle(adapter, resized, prompt, geometry, blocks=16))
     listed = ", ".join(f"{scale:g}: {width:.0f} x {height:.0f}" for scale, (width, height) in sizes.items())
     return Check(
         "scales",
         worst >= ORACLE_PASSES,
-        f"scales='auto' takes tokens of so many pixels of the original at scale {listed}; the boxes hold for at least "
+        f"token size in pixels of the original at the scales of scales='auto': {listed}; the boxes contain at least "
         f"{worst:.0%} of changes",
         {"token_sizes": sizes, "oracle": worst},
     )
@@ -252,12 +254,12 @@ def _check_pixels(adapter: ModelAdapter, image: Image.Image, prompt: Prompt) -> 
         pixels.requires_grad_()
         logits = forward(pixels)
         (gradient,) = torch.autograd.grad(logits[0, 0, answer[0]], pixels)
-    seen = float((gradient != 0).any(dim=1).float().mean())
+    reached = float((gradient != 0).any(dim=1).float().mean())
     gap = logits_gap(logits[0].detach(), expected)
     return Check(
         "pixels",
-        seen > 0 and gap < 0.1,
-        f"a gradient reaches {seen:.0%} of the image's pixels; the logits differ from the ordinary path's by "
-        f"{gap:.2%} of their spread",
-        {"seen": seen, "gap": gap},
+        reached > 0 and gap < 0.1,
+        f"a gradient reaches {reached:.0%} of the image's pixels; the logits differ from the ordinary path's by "
+        f"{gap:.2%} of their standard deviation",
+        {"reached": reached, "gap": gap},
     )

@@ -1,4 +1,4 @@
-r"""TODO."""
+r"""The forward passes at each scale, batched over examples, and the maps that follow from them."""
 
 from __future__ import annotations
 
@@ -12,24 +12,32 @@ from torch import Tensor, nn
 from captum_intramodal.adapter.encoding import Encoding
 from captum_intramodal.adapter.gradients import layer_gradient_x_activation
 from captum_intramodal.adapter.model_adapter import ModelAdapter
-from captum_intramodal.adapter.position_interpolation import ResizedInputView
 from captum_intramodal.adapter.prefix_cache import TextPrefix, visual_states
 from captum_intramodal.adapter.prompts import Prompt
 from captum_intramodal.adapter.text_tokens import TextTokens, text_positions
-from captum_intramodal.explanation.crops import CropView
-from captum_intramodal.explanation.scale_maps import PixelScaleMaps, ScaleMaps, TokenScaleMaps, resize_images
-from captum_intramodal.explanation.scale_views import Method, ScaleView, explained_by
+from captum_intramodal.explanation.options import ExplainOptions
+from captum_intramodal.explanation.scale_maps import PixelScaleMaps, ScaleMaps, TokenScaleMaps
+from captum_intramodal.explanation.scale_views import ScaleView
 from captum_intramodal.geometry.pixel_map import PixelMaps, Size
-from captum_intramodal.geometry.token_geometry import TokenGeometry
 from captum_intramodal.models.ranking import Rankings
 
-__all__ = []
+__all__ = ["Example", "compute_scale_maps"]
 
 
 @dataclass(frozen=True)
 class Example:
-    """A prompt with its images and answer, and what was read of it: the states of each layer at the visual tokens,
-    the text tokens and before these."""
+    """A prompt with its images and answer, and the activations captured at the original size.
+
+    Attributes:
+        images (list[PIL.Image.Image]): the original images.
+        prompt (str or Sequence[Mapping]): the prompt.
+        encoding (Encoding): prompt and answer as the model's input.
+        text (TextTokens): the T text tokens.
+        states (list[Tensor]): by layer the hidden states at the visual tokens, at the text tokens and at the positions
+            before them, (V + 2T, D).
+        answer_rankings (Rankings or None): captured while the answer was generated.
+        prefix (TextPrefix or None): keys and values of the text before the first image.
+    """
 
     images: list[Image.Image]
     prompt: Prompt
@@ -41,77 +49,83 @@ class Example:
 
     @property
     def sizes(self) -> tuple[Size, ...]:
+        """(width, height) of each image."""
         return tuple(image.size for image in self.images)
+
+    @property
+    def visual_states(self) -> Tensor:
+        """The first layer's hidden states at the visual tokens."""
+        return self.states[0][: len(self.encoding.visual_positions)]
 
 
 def compute_scale_maps(
     adapter: ModelAdapter,
     scale: float,
-    sights: Mapping[int, ScaleView],
+    views: Mapping[int, ScaleView],
     examples: Sequence[Example],
-    method: Method,
-    layer: int | None,
+    options: ExplainOptions,
     lens_layer: nn.Module,
 ) -> dict[int, ScaleMaps]:
-    """What a scale shows of each example that it shows something to."""
-    viewers = {i: sight.adapter if isinstance(sight, ResizedInputView) else adapter for i, sight in sights.items()}
-    bare = {i: sight.sight if isinstance(sight, ResizedInputView) else sight for i, sight in sights.items()}
-    by_lens = [i for i, sight in bare.items() if explained_by(method, sight) == "logit_lens"]
-    # The pass over the answer has shown the originals.
-    passes = {i: _passes(bare[i], examples[i]) for i in by_lens if scale != 1.0 or viewers[i] is not adapter}
-    states = _visual_states(viewers, passes, examples, lens_layer)
-    levels: dict[int, ScaleMaps] = {}
-    for i, sight in bare.items():
-        example, viewer = examples[i], viewers[i]
-        if isinstance(sight, PixelMaps):
-            (encoding,) = _encode_passes(viewer, sight, example)
-            levels[i] = PixelScaleMaps.of(viewer, scale, sight, encoding, text_positions(viewer, encoding))
+    r"""
+    Compute one scale's maps for every example that has a view at that scale.
+
+    Args:
+
+        adapter (ModelAdapter): The model, whose lens reads the states.
+        scale (float): The scale.
+        views (Mapping[int, ScaleView]): By the number of the example.
+        examples (Sequence[Example]): All examples.
+        options (ExplainOptions): Method and layer.
+        lens_layer (nn.Module): The decoder layer whose output the lens reads.
+
+    Returns:
+        **maps** (*dict[int, ScaleMaps]*):
+            By the number of the example.
+    """
+    methods = {i: view.method(options.method) for i, view in views.items()}
+    # The pass over the answer has processed the images at scale 1 already.
+    waiting = {i: view for i, view in views.items() if methods[i] == "logit_lens" and scale != 1.0}
+    states = _visual_states(waiting, examples, lens_layer)
+    result: dict[int, ScaleMaps] = {}
+    for i, view in views.items():
+        example, layout = examples[i], view.layout
+        if isinstance(layout, PixelMaps):
+            (encoding,) = _encodings(view, example)
+            positions = text_positions(view.adapter, encoding)
+            result[i] = PixelScaleMaps.from_gradients(view.adapter, scale, layout, encoding, positions)
             continue
-        geometry = sight.geometry if isinstance(sight, CropView) else sight
-        if i in by_lens:
-            visual = states[i] if i in states else example.states[0][: len(example.encoding.visual_positions)]
-            activation = adapter.lens.activation(visual, example.text.ids).T
+        if methods[i] == "logit_lens":
+            visual = states.get(i, example.visual_states)
+            values = adapter.lens.activation(visual, example.text.ids).T
         else:
             parts = [
                 layer_gradient_x_activation(
-                    viewer, encoding, text_positions(viewer, encoding), geometry.argument, layer
+                    view.adapter, encoding, text_positions(view.adapter, encoding), layout.argument, options.layer
                 )
-                for encoding in _encode_passes(viewer, sight, example)
+                for encoding in _encodings(view, example)
             ]
-            activation = torch.cat(parts, dim=1)
-        levels[i] = TokenScaleMaps(scale, activation.clamp_min(0).cpu(), geometry)
-    return levels
+            values = torch.cat(parts, dim=1)
+        result[i] = TokenScaleMaps(scale, values.clamp_min(0).cpu(), layout)
+    return result
 
 
-def _passes(sight: TokenGeometry | PixelMaps | CropView, example: Example) -> list[list[Image.Image]]:
-    """The images of each pass that it takes to see them."""
-    if isinstance(sight, CropView):
-        return list(sight.show(example.images))
-    return [resize_images(example.images, sight.image_sizes)]
+def _encodings(view: ScaleView, example: Example) -> Iterator[Encoding]:
+    """Encode each pass with the example's answer."""
+    for images in view.passes(example.images):
+        yield view.adapter.encode(view.adapter.prepare(images, example.prompt), example.encoding.answer_ids)
 
 
-def _encode_passes(
-    viewer: ModelAdapter, sight: TokenGeometry | PixelMaps | CropView, example: Example
-) -> Iterator[Encoding]:
-    for shown in _passes(sight, example):
-        yield viewer.encode(viewer.prepare(shown, example.prompt), example.encoding.answer_ids)
-
-
-def _visual_states(
-    viewers: Mapping[int, ModelAdapter],
-    passes: Mapping[int, list[list[Image.Image]]],
-    examples: Sequence[Example],
-    layer: nn.Module,
-) -> dict[int, Tensor]:
-    """Per example the hidden states at the visual positions in all of its passes; examples run together."""
+def _visual_states(views: Mapping[int, ScaleView], examples: Sequence[Example], layer: nn.Module) -> dict[int, Tensor]:
+    """Return each example's hidden states at the visual positions of all its passes, (V, D); examples run together."""
+    passes = {i: view.passes(examples[i].images) for i, view in views.items()}
     states: dict[int, list[Tensor]] = {i: [] for i in passes}
     for turn in range(max(map(len, passes.values()), default=0)):
-        waiting = [i for i, shown in passes.items() if turn < len(shown)]
-        for viewer in dict.fromkeys(viewers[i] for i in waiting):
-            group = [i for i in waiting if viewers[i] is viewer]
-            shown = [passes[i][turn] for i in group]
-            for rows, inputs in viewer.prepare_together(shown, [examples[i].prompt for i in group]):
+        waiting = [i for i, images in passes.items() if turn < len(images)]
+        for adapter in dict.fromkeys(views[i].adapter for i in waiting):
+            group = [i for i in waiting if views[i].adapter is adapter]
+            images = [passes[i][turn] for i in group]
+            for rows, inputs in adapter.prepare_together(images, [examples[i].prompt for i in group]):
                 prefix = examples[group[rows[0]]].prefix if len(rows) == 1 else None
-                for row, hidden in zip(rows, visual_states(viewer, inputs, layer, prefix), strict=True):
+                for row, hidden in zip(rows, visual_states(adapter, inputs, layer, prefix), strict=True):
                     states[group[row]].append(hidden)
     return {i: torch.cat(parts) for i, parts in states.items()}

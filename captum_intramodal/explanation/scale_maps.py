@@ -1,14 +1,12 @@
-r"""TODO."""
+r"""Where the maps of one scale lie over the original images: values at visual tokens, or over the pixels."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor
 
 from captum_intramodal._utils.memory import WORKING_MEMORY
@@ -19,14 +17,14 @@ from captum_intramodal.functional.rasterize import raster_grid, rasterize
 from captum_intramodal.geometry.pixel_map import PixelMaps
 from captum_intramodal.geometry.token_geometry import TokenGeometry
 
-__all__ = ["PixelScaleMaps", "ScaleMaps", "TokenScaleMaps", "resize_images"]
+__all__ = ["PixelScaleMaps", "ScaleMaps", "TokenScaleMaps"]
 
 # Gradients at single pixels are noise; they are summed over cells, this many along the longer side.
 _CELLS = 24
 
 
 class ScaleMaps(Protocol):
-    """What one scale shows of the text tokens' maps.
+    """Maps of the text tokens at one scale.
 
     Attributes:
         scale (float): factor of the images' size.
@@ -40,18 +38,18 @@ class ScaleMaps(Protocol):
     def n_visual(self) -> int: ...
 
     def cell_size(self, size: tuple[int, int]) -> list[float]:
-        """Typical width and height, in pixels of the first image, of what a value stands for."""
+        """Return the typical width and height, in pixels of the first image, of the region behind one value."""
 
     def grid(self, image: int, size: tuple[int, int]) -> tuple[int, int]:
-        """Rows and columns of a canvas over an image of this (width, height) that keeps what the level shows."""
+        """Return rows and columns of the coarsest raster over an image of (width, height) that loses nothing."""
 
-    def draw(self, image: int, size: tuple[int, int], grid: tuple[int, int], working_memory: int) -> Tensor:
-        """Maps of the text tokens over an image, float32 (T, rows, columns)."""
+    def rasterize(self, image: int, size: tuple[int, int], grid: tuple[int, int], working_memory: int) -> Tensor:
+        """Return the text tokens' maps over an image, float32 (T, rows, columns)."""
 
 
 @dataclass(frozen=True)
 class TokenScaleMaps:
-    """What each visual token says of the text tokens, and where the visual tokens lie in the originals.
+    """Values at the visual tokens, and the regions that these cover in the original images.
 
     Attributes:
         scale (float): factor of the images' size.
@@ -69,7 +67,7 @@ class TokenScaleMaps:
         return self.activation.shape[1]
 
     def boxes(self, image: int, size: tuple[int, int]) -> Tensor:
-        """Boxes in pixels of the original image; NaN for tokens of other images."""
+        """Return the boxes in pixels of the original image; NaN for tokens of other images."""
         width, height = self.geometry.image_sizes[image]
         boxes = self.geometry.boxes * torch.tensor([size[0] / width, size[1] / height] * 2)
         return boxes.masked_fill(~self.geometry.sees(image)[:, None], torch.nan)
@@ -82,7 +80,7 @@ class TokenScaleMaps:
     def grid(self, image: int, size: tuple[int, int]) -> tuple[int, int]:
         return raster_grid(self.boxes(image, size), size)
 
-    def draw(
+    def rasterize(
         self, image: int, size: tuple[int, int], grid: tuple[int, int], working_memory: int = WORKING_MEMORY
     ) -> Tensor:
         return rasterize(self.activation, self.boxes(image, size), size, grid, working_memory)
@@ -90,7 +88,7 @@ class TokenScaleMaps:
 
 @dataclass(frozen=True)
 class PixelScaleMaps:
-    """Input times gradient of the text tokens' log-probabilities, for models without a place per visual token.
+    """Input times gradient of the text tokens' log-probabilities, summed over cells of the image.
 
     Attributes:
         scale (float): factor of the images' size.
@@ -101,10 +99,10 @@ class PixelScaleMaps:
     maps: list[Tensor]
 
     @classmethod
-    def of(
+    def from_gradients(
         cls, adapter: ModelAdapter, scale: float, pixels: PixelMaps, encoding: Encoding, positions: Tensor
     ) -> PixelScaleMaps:
-        """From one pass over prompt and answer, and one backward pass per text token, at their positions."""
+        """Compute maps from one pass over prompt and answer and one backward pass per text token at ``positions``."""
         grids = [_square_cells(size) for size in pixels.image_sizes]
         maps: list[list[Tensor]] = [[] for _ in grids]
         for attribution in input_x_gradient(adapter, encoding, list(pixels.maps), positions):
@@ -125,7 +123,7 @@ class PixelScaleMaps:
         rows, columns = self.maps[image].shape[1:]
         return rows, columns
 
-    def draw(
+    def rasterize(
         self, image: int, size: tuple[int, int], grid: tuple[int, int], working_memory: int = WORKING_MEMORY
     ) -> Tensor:
         maps = self.maps[image]
@@ -135,15 +133,7 @@ class PixelScaleMaps:
 
 
 def _square_cells(size: tuple[int, int]) -> tuple[int, int]:
-    """Rows and columns."""
+    """Return rows and columns of square cells."""
     width, height = size
     cell = max(max(size) / _CELLS, 1.0)
     return max(1, round(height / cell)), max(1, round(width / cell))
-
-
-def resize_images(images: Sequence[Image.Image], sizes: Sequence[tuple[int, int]]) -> list[Image.Image]:
-    """Images at other (width, height)s; an image that has its size already stays as it is."""
-    return [
-        image if image.size == size else image.resize(size, Image.Resampling.BICUBIC)
-        for image, size in zip(images, sizes, strict=True)
-    ]

@@ -1,36 +1,64 @@
-r"""What one scale of the images shows: the text tokens' maps at visual tokens, or over the pixels."""
+r"""Which scales are used, and when a scale is dropped: what the model is given at each scale of the images."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Any
 
 from PIL import Image
 from torch import Tensor
 
+from captum_intramodal._utils.image import resize_images
 from captum_intramodal.adapter.model_adapter import ModelAdapter
-from captum_intramodal.adapter.position_interpolation import ResizedInputView
-from captum_intramodal.explanation.crops import CropView
-from captum_intramodal.functional.aggregation import DEFAULT_SCALES, check_scales
+from captum_intramodal.adapter.position_interpolation import measure_resized_input
+from captum_intramodal.errors import NoTokenGeometryError, UnsupportedModelError
+from captum_intramodal.explanation.crops import Crop, crop_images, measure_crops
+from captum_intramodal.explanation.options import ExplainOptions, Method, Scales
+from captum_intramodal.functional.aggregation import DEFAULT_SCALES
 from captum_intramodal.geometry.pixel_map import PixelMaps
 from captum_intramodal.geometry.token_geometry import TokenGeometry
 
-__all__ = ["METHODS", "Method", "ScaleView", "Scales", "explained_by", "select_views"]
+__all__ = ["ScaleView", "select_views"]
 
-Method = Literal["auto", "logit_lens", "layer_gradient_x_activation", "input_x_gradient"]
-
-
-METHODS: tuple[Method, ...] = ("auto", "logit_lens", "layer_gradient_x_activation", "input_x_gradient")
-
-
-Scales = Sequence[float] | Literal["auto"]
-
-
-# What scales="auto" tries where the model sees nothing more of an enlarged image.
+# Reductions that scales="auto" adds if enlargements give the model nothing more.
 _REDUCTIONS = (0.75, 0.5)
 
+Layout = TokenGeometry | PixelMaps
 
-ScaleView = TokenGeometry | PixelMaps | CropView | ResizedInputView
+
+@dataclass(frozen=True)
+class ScaleView:
+    r"""
+    How a model is given the images at one scale.
+
+    Attributes:
+        adapter (ModelAdapter): the model; at another input size if position embeddings are interpolated.
+        layout (TokenGeometry or PixelMaps): what the visual tokens, or the elements of the pixel tensors, cover.
+        crops (tuple): cut-outs that are processed one after the other; empty if the images are processed whole.
+    """
+
+    adapter: ModelAdapter
+    layout: Layout
+    crops: tuple[Crop, ...] = ()
+
+    def shows_same(self, other: ScaleView) -> bool:
+        """Return whether both views give the model the same tokens, or the same pixels."""
+        return self.layout.shows_same(other.layout)
+
+    def passes(self, images: Sequence[Image.Image]) -> list[list[Image.Image]]:
+        """Return the images of each forward pass that the view takes."""
+        if self.crops:
+            return list(crop_images(images, self.crops))
+        return [resize_images(images, self.layout.image_sizes)]
+
+    def method(self, requested: Method) -> Method:
+        """Return the method that ``'auto'`` stands for with this view; any other as it is."""
+        if requested != "auto":
+            return requested
+        if isinstance(self.layout, PixelMaps):
+            return "input_x_gradient"
+        return "logit_lens" if self.layout.argument is None else "layer_gradient_x_activation"
 
 
 def select_views(
@@ -43,117 +71,114 @@ def select_views(
     interpolate_pos_encoding: bool = False,
 ) -> tuple[dict[float, ScaleView], list[float]]:
     r"""
-    What the model sees at each scale that shows it something of its own, and the scales that do not.
+    Select the scales at which the model processes something it does not process at another scale.
 
     Args:
 
         adapter (ModelAdapter): The model and its processor.
-        images (Sequence[PIL.Image.Image]): The originals.
-        scales (Sequence[float] or str): Factors of their size. ``'auto'``: the default ones, as far as the model sees
-                    something of its own there, filled up with reductions that have a grid of tokens of their own.
-        inputs (Mapping): What the processor makes of the originals.
-        method (str, optional): ``'logit_lens'`` and ``'layer_gradient_x_activation'`` need a place per visual token
-                    (:class:`TokenGeometry`), the lens one in the decoder's sequence; ``'input_x_gradient'`` one per
-                    pixel element (:class:`PixelMaps`). ``'auto'``: the first that the model can do.
+        images (Sequence[PIL.Image.Image]): The original images.
+        scales (Sequence[float] or str): Factors of their size. ``'auto'``: the default factors that give the model a
+                    token grid of their own, then reductions that do, up to three scales.
+        inputs (Mapping): The processor's output for the original images.
+        method (str, optional): ``'logit_lens'`` and ``'layer_gradient_x_activation'`` need visual tokens that cover
+                    known regions (:class:`TokenGeometry`), the lens tokens in the decoder's sequence;
+                    ``'input_x_gradient'`` needs to know which pixels an element samples (:class:`PixelMaps`).
+                    ``'auto'``: the first one that the model supports.
                     Default: ``'auto'``
-        crops (bool, optional): Where the model sees nothing more of enlarged images, cut them (:class:`CropView`).
+        crops (bool, optional): If enlarging gives the model nothing more, process cut-outs
+                    (:func:`~captum_intramodal.explanation.crops.measure_crops`).
                     Default: False
-        interpolate_pos_encoding (bool, optional): Where it sees nothing more of them, enlarge its own input size
-                    (:class:`~captum_intramodal.enlarged.ResizedInputView`).
+        interpolate_pos_encoding (bool, optional): If enlarging gives it nothing more, enlarge its input size
+                    (:mod:`~captum_intramodal.adapter.position_interpolation`).
                     Default: False
 
     Returns:
-        tuple: sights by scale, and the scales that are left out.
+        **views, dropped** (*tuple*):
+            The views by scale, in ascending order, and the given scales that were dropped.
 
     Raises:
-        ValueError: an unknown method, or one that the model cannot do; an input size that cannot be enlarged; both
-            ``crops`` and ``interpolate_pos_encoding``.
+        InvalidOptionError: an option has a value that it does not take.
+        UnsupportedModelError: the model does not support the method, or its input size cannot be enlarged.
     """
-    if method not in METHODS:
-        raise ValueError(f"method must be one of {', '.join(METHODS)}; got {method!r}.")
-    if crops and interpolate_pos_encoding:
-        raise ValueError("crops and interpolate_pos_encoding are two ways to see more of an image; choose one.")
+    options = ExplainOptions(
+        scales=scales, method=method, crops=crops, interpolate_pos_encoding=interpolate_pos_encoding
+    )
     sizes = [image.size for image in images]
-    original, see = _see(adapter, sizes, method)
+    original, measure = _measure_original(adapter, sizes, method)
     kept: dict[float, ScaleView] = {}
     dropped: list[float] = []
-    shrinks = _shrinks(inputs, images)
-    crops = crops and isinstance(original, TokenGeometry)
-    auto = isinstance(scales, str)
-    # Upwards from the original: an enlargement repeats whatever smaller one shows the same.
-    for scale in _candidates(scales):
-        if auto and scale < 1 and len(kept) >= len(DEFAULT_SCALES):
+    shrinks = _processor_shrinks(inputs, images)
+    automatic = isinstance(scales, str)
+    # Upwards from the original: an enlargement repeats any smaller one that gives the model the same.
+    for scale in _candidates(options.scales):
+        if automatic and scale < 1 and len(kept) >= len(DEFAULT_SCALES):
             break
-        if shrinks and scale > 1:
-            sight: TokenGeometry | PixelMaps | ResizedInputView = original
-        else:
+        view = original
+        if scale != 1 and not (shrinks and scale > 1):
             resized = [(max(1, round(width * scale)), max(1, round(height * scale))) for width, height in sizes]
-            sight = original if scale == 1.0 else see(resized)
-        # A reduction to the same tokens shows the image without its high frequencies, which one may ask for.
-        twins = [original, *kept.values()] if scale > 1 else [*kept.values()] if auto else []
-        repeats = any(sight.shows_same(twin) for twin in twins)
+            view = ScaleView(adapter, measure(resized))
+        # A reduction to the same tokens removes high frequencies, which a user may ask for.
+        others = [original, *kept.values()] if scale > 1 else [*kept.values()] if automatic else []
+        repeats = any(view.shows_same(other) for other in others)
         if repeats and interpolate_pos_encoding and scale > 1:
-            more_tokens = isinstance(_see(adapter, sizes, "auto")[0], TokenGeometry)
-            sight = ResizedInputView.of(adapter, sizes, scale, original, more_tokens)
-            repeats = any(sight.shows_same(twin) for twin in twins)
+            view = _resized_input(adapter, sizes, scale, original)
+            repeats = any(view.shows_same(other) for other in others)
         if not repeats:
-            kept[scale] = sight
-        elif crops and scale > 1:
-            kept[scale] = CropView.of(adapter, sizes, scale)
+            kept[scale] = view
+        elif crops and scale > 1 and isinstance(original.layout, TokenGeometry):
+            boxes, geometry = measure_crops(adapter, sizes, scale)
+            kept[scale] = ScaleView(adapter, geometry, boxes)
         else:
             dropped.append(scale)
-    # Where only enlargements were asked for and all repeat the original, that is what they show.
-    return dict(sorted(kept.items())) or {1.0: original}, [] if auto else dropped
+    # If only enlargements were given and all of them repeat the original, the original is what they give the model.
+    return dict(sorted(kept.items())) or {1.0: original}, [] if automatic else dropped
 
 
 def _candidates(scales: Scales) -> list[float]:
-    if not isinstance(scales, str):
-        return sorted(check_scales(scales), key=lambda s: (s > 1, s))
-    if scales != "auto":
-        raise ValueError(f"scales must be 'auto' or a sequence of factors such as (1, 1.5, 2), got {scales!r}.")
-    return [*DEFAULT_SCALES, *_REDUCTIONS]
+    if isinstance(scales, str):
+        return [*DEFAULT_SCALES, *_REDUCTIONS]
+    return sorted(scales, key=lambda scale: (scale > 1, scale))
 
 
-def _see(
+def _measure_original(
     adapter: ModelAdapter, sizes: Sequence[tuple[int, int]], method: Method
-) -> tuple[TokenGeometry | PixelMaps, Callable[[Sequence[tuple[int, int]]], TokenGeometry | PixelMaps]]:
-    """The sight of the originals, and the function that gives it at other sizes."""
+) -> tuple[ScaleView, Callable[[Sequence[tuple[int, int]]], Layout]]:
+    """Return the view of the original images, and the function that measures the same at other sizes."""
     if method != "input_x_gradient":
         try:
-            geometry = adapter.geometry(sizes)
-        except ValueError as error:
-            reason = str(error)
+            geometry = _usable_geometry(adapter, sizes, method)
+        except NoTokenGeometryError as error:
+            if method != "auto":
+                raise NoTokenGeometryError(
+                    f"method={method!r} needs visual tokens that cover known regions of the image, which "
+                    f"{type(adapter.model).__name__} does not have; method='input_x_gradient' explains it by its "
+                    "pixels."
+                ) from error
         else:
-            if not bool(geometry.is_local.any()):
-                reason = f"none of its {len(geometry.kinds)} visual tokens stands for a region of the image."
-            elif method == "logit_lens" and geometry.argument is not None:
-                reason = (
-                    "its visual tokens are no placeholders in its decoder's sequence; "
-                    "method='layer_gradient_x_activation' explains it by them, and"
-                )
-            else:
-                return geometry, adapter.geometry
-        if method != "auto":
-            raise ValueError(
-                f"{type(adapter.model).__name__} has no map per visual token: {reason} method='input_x_gradient' "
-                "explains it by its pixels."
-            )
-    return adapter.pixel_maps(sizes), adapter.pixel_maps
+            return ScaleView(adapter, geometry), adapter.geometry
+    return ScaleView(adapter, adapter.pixel_maps(sizes)), adapter.pixel_maps
 
 
-def explained_by(method: Method, sight: ScaleView) -> Method:
-    """The method that ``'auto'`` stands for, given what the model sees."""
-    if method != "auto":
-        return method
-    if isinstance(sight, PixelMaps):
-        return "input_x_gradient"
-    if isinstance(sight, ResizedInputView):
-        return explained_by(method, sight.sight)
-    geometry = sight.geometry if isinstance(sight, CropView) else sight
-    return "logit_lens" if geometry.argument is None else "layer_gradient_x_activation"
+def _usable_geometry(adapter: ModelAdapter, sizes: Sequence[tuple[int, int]], method: Method) -> TokenGeometry:
+    geometry = adapter.geometry(sizes)
+    if not bool(geometry.is_local.any()):
+        raise NoTokenGeometryError(f"None of the {len(geometry.kinds)} visual tokens covers a region of the image.")
+    if method == "logit_lens" and geometry.argument is not None:
+        raise UnsupportedModelError(
+            f"The visual tokens of {type(adapter.model).__name__} are in {geometry.argument}, not in the decoder's "
+            "sequence; use method='layer_gradient_x_activation'."
+        )
+    return geometry
 
 
-def _shrinks(inputs: Mapping[str, Any], images: Sequence[Image.Image]) -> bool:
-    """Whether the processor at least halves the images' sides, so that nothing can come of enlarging them."""
+def _resized_input(
+    adapter: ModelAdapter, sizes: Sequence[tuple[int, int]], scale: float, original: ScaleView
+) -> ScaleView:
+    more_tokens = isinstance(_measure_original(adapter, sizes, "auto")[0].layout, TokenGeometry)
+    return ScaleView(*measure_resized_input(adapter, sizes, scale, original.layout, more_tokens))
+
+
+def _processor_shrinks(inputs: Mapping[str, Any], images: Sequence[Image.Image]) -> bool:
+    """Return whether the processor at least halves the images' sides, so that enlarging them changes nothing."""
     elements = sum(v.numel() for v in inputs.values() if isinstance(v, Tensor) and v.is_floating_point())
     return 4 * elements / 3 < sum(image.width * image.height for image in images)

@@ -1,4 +1,4 @@
-r"""Rank-biased overlap: how similar two rankings are, with more weight on their tops."""
+r"""Rank-biased overlap: the similarity of two rankings, with more weight on their tops."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from captum_intramodal._utils.memory import WORKING_MEMORY, items_within, run_in_chunks
+from captum_intramodal.errors import InvalidInputError, InvalidOptionError
 
 __all__ = ["NORMALIZATIONS", "Normalization", "pairwise_rank_biased_overlap", "rank_biased_overlap"]
 
@@ -20,36 +21,40 @@ NORMALIZATIONS: tuple[str, ...] = get_args(Normalization)
 
 def rank_biased_overlap(a: Tensor, b: Tensor, p: float = 0.9, normalization: Normalization = "truncated") -> Tensor:
     r"""
-    Rank-biased overlap (Webber, Moffat and Zobel, 2010) of rankings of the same length :math:`k` (paper, Eq. 7):
+    Compute the rank-biased overlap of rankings of the same length :math:`k` (paper, Eq. 7):
 
     .. math::
         \mathrm{RBO}(a, b) = \frac{1-p}{Z} \sum_{d=1}^{k} p^{d-1} \frac{|a_{1:d} \cap b_{1:d}|}{d}
 
-    The infinite sum is cut at :math:`k`. ``normalization`` says what that means:
+    The infinite sum of the definition is truncated at depth :math:`k`, which ``normalization`` accounts for:
 
     - ``'truncated'``: :math:`Z = 1 - p^k`, so that equal rankings have 1 and disjoint ones 0;
     - ``'minimum'``: :math:`Z = 1`, the lower bound over all continuations; equal rankings have :math:`1 - p^k`;
     - ``'extrapolated'``: the lower bound plus :math:`p^k` times the agreement at depth :math:`k`, as if that agreement
-      went on for ever (the paper's equation 32 for rankings of equal length).
+      continued at all greater depths (Webber et al., equation 32, for rankings of equal length).
+
+    Source: Webber, Moffat and Zobel, "A similarity measure for indefinite rankings", ACM TOIS 2010.
 
     Args:
 
         a (Tensor): Rankings of item ids, int64 (..., k), best first, each id at most once per ranking.
-        b (Tensor): Rankings to compare with, of a shape that broadcasts with ``a``'s; the same k.
-        p (float, optional): Persistence in (0, 1): the weight of depth d + 1 over that of depth d. With 0.9 the first
+        b (Tensor): Rankings to compare with, of the same k and a shape that broadcasts with that of ``a``.
+        p (float, optional): Persistence in (0, 1), the ratio of the weights of depths d + 1 and d. With 0.9, the first
                     10 ranks carry 86 % of the weight.
                     Default: 0.9
         normalization (str, optional): See above.
                     Default: ``'truncated'``
 
     Returns:
-        *Tensor* float32 of the broadcast shape without its last dimension, in [0, 1].
+        **overlap** (*Tensor*): float32 in [0, 1], of the broadcast shape without its last dimension.
 
     Raises:
-        ValueError: p outside (0, 1), empty rankings or rankings of different lengths.
+        InvalidOptionError: ``p`` is outside (0, 1), or ``normalization`` is unknown.
+        InvalidInputError: rankings are empty or differ in length.
 
     Examples::
 
+        >>> from captum_intramodal import rank_biased_overlap
         >>> a, b = torch.tensor([1, 2, 3]), torch.tensor([2, 1, 4])
         >>> rank_biased_overlap(a, a), rank_biased_overlap(a, torch.tensor([7, 8, 9]))
         (tensor(1.), tensor(0.))
@@ -58,7 +63,7 @@ def rank_biased_overlap(a: Tensor, b: Tensor, p: float = 0.9, normalization: Nor
     """
     weights = _match_weights(_common_length(a, b), p, normalization, a.device)
     ranks = torch.arange(a.shape[-1], device=a.device)
-    # An item at rank i of one and j of the other ranking belongs to their overlap from depth max(i, j) on.
+    # An item at rank i of one ranking and j of the other is in their overlap from depth max(i, j) on.
     depth = torch.maximum(ranks[:, None], ranks[None, :])
     return ((a[..., :, None] == b[..., None, :]) * weights[depth]).sum((-1, -2))
 
@@ -71,34 +76,44 @@ def pairwise_rank_biased_overlap(
     working_memory: int = WORKING_MEMORY,
 ) -> Tensor:
     r"""
-    Rank-biased overlap of every ranking in ``a`` with every one in ``b``, see :func:`rank_biased_overlap`.
+    Compute the rank-biased overlap of every ranking in ``a`` with every ranking in ``b``.
 
-    Instead of comparing k x k pairs of ranks, ranks are looked up in a table over the ids that occur: time grows with
-    N x M x k.
+    Ranks are looked up in a table of all ids instead of comparing k x k pairs of ranks, so time grows with N x M x k.
 
     Args:
 
-        a (Tensor): int64 (N, k).
-        b (Tensor): int64 (M, k).
+        a (Tensor): Rankings of item ids, int64 (N, k), see :func:`rank_biased_overlap`.
+        b (Tensor): Rankings of item ids, int64 (M, k).
         p (float, optional): Persistence in (0, 1).
                     Default: 0.9
         normalization (str, optional): See :func:`rank_biased_overlap`.
                     Default: ``'truncated'``
-        working_memory (int, optional): Bytes that the rankings which are compared at a time may take.
+        working_memory (int, optional): Bytes of the rankings that are compared at a time.
                     Default: 16 MiB
 
     Returns:
-        *Tensor* float32 (N, M).
+        **overlap** (*Tensor*): float32 (N, M) in [0, 1].
+
+    Raises:
+        InvalidOptionError: ``p`` is outside (0, 1), or ``normalization`` is unknown.
+        InvalidInputError: rankings are empty or differ in length.
+
+    Examples::
+
+        >>> from captum_intramodal import pairwise_rank_biased_overlap
+        >>> pairwise_rank_biased_overlap(torch.tensor([[1, 2, 3], [7, 8, 9]]), torch.tensor([[1, 2, 3]]))
+        tensor([[1.],
+                [0.]])
     """
     k = _common_length(a, b)
     weights = _match_weights(k, p, normalization, a.device)
     ids, inverse = torch.unique(torch.cat([a, b]), return_inverse=True)
     items, others = inverse.split([len(a), len(b)])
 
-    def columns(part: slice) -> Tensor:
-        # An item that is not in the other ranking has no weight; of two ranks the deeper one has the smaller weight.
-        weight_of = torch.zeros(len(others[part]), len(ids), device=a.device)
-        weight_of.scatter_(1, others[part], weights.expand(len(weight_of), k))
+    def columns(chunk: slice) -> Tensor:
+        # An item missing from the other ranking weighs 0; the deeper of two ranks has the smaller weight.
+        weight_of = torch.zeros(len(others[chunk]), len(ids), device=a.device)
+        weight_of.scatter_(1, others[chunk], weights.expand(len(weight_of), k))
 
         def overlaps(rows: slice) -> Tensor:
             return torch.minimum(weight_of[:, items[rows]], weights).sum(-1).T  # (m, n, k) -> (n, m)
@@ -113,19 +128,20 @@ def pairwise_rank_biased_overlap(
 
 
 def _common_length(a: Tensor, b: Tensor) -> int:
+    """Return the length of all rankings, after checking that they have one."""
     if a.ndim == 0 or b.ndim == 0 or a.shape[-1] != b.shape[-1] or a.shape[-1] == 0:
-        raise ValueError(
-            f"Rankings must have the same length of at least 1, got shapes {tuple(a.shape)} and {tuple(b.shape)}."
+        raise InvalidInputError(
+            f"Rankings must have the same length, at least 1; got shapes {tuple(a.shape)} and {tuple(b.shape)}."
         )
     return int(a.shape[-1])
 
 
 def _match_weights(k: int, p: float, normalization: str, device: torch.device) -> Tensor:
-    """What an item found in both rankings adds, by the (0-based) depth at which both have shown it; float32 (k,)."""
+    """Return what an item in both rankings adds to their overlap, by the deeper of its two ranks; float32 (k,)."""
     if not 0 < p < 1:
-        raise ValueError(f"p must lie strictly between 0 and 1, got {p}.")
+        raise InvalidOptionError(f"p must lie strictly between 0 and 1, got {p}.")
     if normalization not in NORMALIZATIONS:
-        raise ValueError(f"normalization must be one of {NORMALIZATIONS}, got {normalization!r}.")
+        raise InvalidOptionError(f"normalization must be one of {NORMALIZATIONS}, got {normalization!r}.")
     depths = torch.arange(1, k + 1, dtype=torch.float64)
     per_depth = (1 - p) * p ** (depths - 1) / depths
     from_depth = per_depth.flip(0).cumsum(0).flip(0)

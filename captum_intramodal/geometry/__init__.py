@@ -1,4 +1,4 @@
-r"""Which box of the original image each visual token covers: measured on the model, not looked up per family.
+r"""Which box of the original image does each visual token cover? Measured on the model, not looked up per family.
 
 :mod:`~captum_intramodal.geometry.measure` describes the method.
 """

@@ -1,4 +1,4 @@
-r"""TODO."""
+r"""Which box of which image does each visual token cover? The answer, in pixels of the original images."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from captum_intramodal.errors import InvalidInputError
 from captum_intramodal.geometry.pixel_map import Size
 
 __all__ = ["TokenGeometry"]
@@ -15,31 +16,32 @@ __all__ = ["TokenGeometry"]
 
 @dataclass(frozen=True)
 class TokenGeometry:
-    r"""Where the visual tokens of one model input lie in the original images.
+    r"""
+    Boxes of the visual tokens of one model input, in pixels of the original images.
 
-    V is the number of visual tokens; every attribute lists them as they stand where the decoder reads them.
+    Every attribute lists the V visual tokens in the order in which the decoder receives them.
 
     Attributes:
-        boxes (Tensor): x0, y0, x1, y1 in pixels of the original image; a row of NaN where the token has no box.
-            float32, shape: V x 4.
-        kinds (tuple of str): ``'local'``: sees the part of the image in its box, which may be all of it (a thumbnail
-            of one token). ``'global'``: sees the image as a whole, through pixels it shares with other tokens or
-            through attention only. ``'padding'``: sees only what the processor padded. ``'separator'``: sees nothing.
-        image_index (Tensor): the image each token belongs to; tokens that see none belong to the image of the
-            nearest token that does. int64, shape: V.
-        image_sizes (tuple): (width, height) of every image in pixels.
-        last_image_index (Tensor, optional): where the model merges successive frames of a video, the last one that each
-            token sees; ``image_index`` is the first. int64, shape: V. None: each token sees one image. :attr:`frames`
-            has both.
-        argument (str, optional): where the tokens are not placeholders in the decoder's sequence, the argument of its
-            blocks that holds their states, such as ``'encoder_hidden_states'``; ``'hidden_states'`` where they stand
-            before the sequence.
+        boxes (Tensor): x0, y0, x1, y1 of each token's box; a row of NaN if it has none. float32 (V, 4).
+        kinds (tuple[str, ...]): kind of each token. ``'local'``: depends on the part of the image in its box, which may
+            be the whole image (a thumbnail of one token). ``'global'``: depends on the whole image, through pixels that
+            it shares with other tokens or through attention only. ``'padding'``: depends only on padding that the
+            processor added. ``'separator'``: does not depend on the image.
+        image_index (Tensor): index of each token's image; for tokens that depend on no image, that of the nearest token
+            that does. int64 (V,).
+        image_sizes (tuple[tuple[int, int], ...]): (width, height) of every image in pixels.
+        last_image_index (Tensor, optional): if the model merges successive frames of a video, index of the last frame
+            that each token depends on; ``image_index`` is that of the first. int64 (V,).
+            Default: None, every token depends on one image
+        argument (str, optional): name of the argument of the decoder's blocks that holds the visual tokens, such as
+            ``'encoder_hidden_states'``; ``'hidden_states'`` if they are prepended to the decoder's sequence.
+            Default: None, the tokens are at the placeholders in the decoder's sequence
 
     Examples::
 
-        >>> geometry = TokenGeometry(
-        ...     torch.tensor([[0.0, 0, 32, 20], [32, 0, 64, 20]]), ("local",) * 2, torch.tensor([0, 0]), ((64, 20),)
-        ... )
+        >>> from captum_intramodal.geometry import TokenGeometry
+        >>> boxes = torch.tensor([[0.0, 0, 32, 20], [32, 0, 64, 20]])
+        >>> geometry = TokenGeometry(boxes, ("local", "local"), torch.tensor([0, 0]), ((64, 20),))
         >>> geometry.token_size
         (32.0, 20.0)
         >>> geometry.coverage()
@@ -55,21 +57,21 @@ class TokenGeometry:
 
     @property
     def frames(self) -> Tensor:
-        """First and last image, in a video the first and last frame, that each token belongs to; int64, shape: V x 2.
+        """Index of the first and the last image, or frame of a video, of each token, int64 (V, 2).
 
-        They differ where the model merges successive frames, as the Qwen-VL and GLM-V types do with every two.
+        They differ if the model merges successive frames, as the Qwen-VL and GLM-V types merge every two.
         """
         last = self.image_index if self.last_image_index is None else self.last_image_index
         return torch.stack([self.image_index, last], dim=1)
 
     def sees(self, image: int) -> Tensor:
-        """Boolean, shape: V; true where the token belongs to an image, or to a frame of the video."""
+        """Return which tokens belong to an image, or to a frame of the video, bool (V,)."""
         first, last = self.frames.unbind(1)
         return (first <= image) & (image <= last)
 
     @property
     def is_local(self) -> Tensor:
-        """Boolean, shape: V; true where the token has a box."""
+        """True for tokens that have a box, bool (V,)."""
         return torch.tensor([kind == "local" for kind in self.kinds], dtype=torch.bool)
 
     @property
@@ -82,18 +84,23 @@ class TokenGeometry:
         return width, height
 
     def coverage(self, image: int = 0) -> tuple[float, float, float, float]:
-        r"""The rectangle of an image that its tokens see; what lies outside (a center crop's margins) no token sees.
+        r"""
+        Return the bounding rectangle of an image's boxes; no token covers what is outside, such as cropped margins.
 
         Args:
-            image (int): Index of the image.
+
+            image (int, optional): Index of the image.
                         Default: 0
 
         Returns:
-            **rectangle** (*tuple of float*):
+            **rectangle** (*tuple[float, float, float, float]*):
                 x0, y0, x1, y1 in pixels; all NaN if no local token belongs to the image.
+
+        Raises:
+            InvalidInputError: the index is out of range.
         """
         if not 0 <= image < len(self.image_sizes):
-            raise ValueError(f"There is no image {image}; the geometry has {len(self.image_sizes)}.")
+            raise InvalidInputError(f"image must be an index from 0 to {len(self.image_sizes) - 1}, got {image}.")
         boxes = self.boxes[self.is_local & self.sees(image)]
         if len(boxes) == 0:
             return (math.nan,) * 4
@@ -103,14 +110,15 @@ class TokenGeometry:
 
     def shows_same(self, other: object) -> bool:
         r"""
-        Whether two sizes of the same images give the model the same tokens.
+        Return whether the model divides the same images into the same tokens at two sizes.
 
         Args:
-            other (object): A geometry of the images at another size; anything else is not the same.
+
+            other (object): The geometry of the images at another size; the result for anything else is False.
 
         Returns:
             **same** (*bool*):
-                As many tokens, with boxes equal to 2 % of the image.
+                True if there are equally many tokens, and their boxes are equal up to 2 % of the image.
         """
         if not isinstance(other, TokenGeometry) or len(self.boxes) != len(other.boxes):
             return False

@@ -1,4 +1,4 @@
-"""Is an explanation true? Where maps point, what happens without what they point at, and how sure that is."""
+r"""Evaluate explanations: localization, faithfulness, sanity checks, and the uncertainty of all these figures."""
 
 from captum_intramodal.functional.imputation import Imputer, noisy_linear_imputation
 from captum_intramodal.metrics.curves import FRACTIONS, aopc, area_under_curve, deletion_curve, insertion_curve, road

@@ -1,8 +1,10 @@
-r"""Sanity check of explanations: a map that explains a model must change when the model's weights do."""
+r"""Check sanity: does an explanation map change when the model's weights are randomized? If not, it does not explain
+what the model learned.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -10,20 +12,21 @@ import numpy as np
 import torch
 from torch import nn
 
-from captum_intramodal.metrics.statistics import Array, Floats, finite
+from captum_intramodal.errors import InvalidInputError, InvalidOptionError
+from captum_intramodal.metrics.arrays import Array, Floats, finite_array
 from captum_intramodal.models.decoder import decoder_layers
 
 __all__ = ["RandomizationStep", "randomization_check"]
 
 
 class RandomizationStep(NamedTuple):
-    r"""How much of the map is left once a layer, after all layers above it, has lost its weights.
+    r"""Similarity of the original map to the map after a layer, and all layers above it, are randomized.
 
     Args:
 
-        layer (str): The layer's name in the model.
-        rank_correlation (float): Spearman's, of the map with that of the whole model, from -1 to 1.
-        correlation (float): Pearson's, likewise, which the largest values decide.
+        layer (str): Name of the layer in the model.
+        rank_correlation (float): Spearman's correlation, from -1 to 1.
+        correlation (float): Pearson's correlation, from -1 to 1, which the largest values dominate.
     """
 
     layer: str
@@ -37,44 +40,46 @@ def randomization_check(
     layers: Sequence[nn.Module] | None = None,
     seed: int = 0,
 ) -> list[RandomizationStep]:
-    r"""Compares the map of a model with its maps while the model loses its weights layer by layer, from the top.
+    r"""Compare a model's map with its maps while the model's weights are randomized layer by layer, from the top.
 
     Source: the cascading model parameter randomization test of Adebayo et al., "Sanity checks for saliency maps", 2018.
-    There weights are drawn anew as before training. Here, where any model and any type of number may come, each
-    parameter keeps its values in a random order: what was learnt is gone, the scale of the activations is not, and
-    quantized weights stay valid. A parameter of equal values, such as an untrained norm's, stays as it is. In the end,
-    also after an exception, every weight is what it was, bit for bit; gradients and random states are not touched.
+    The paper draws new weights as before training. Here each parameter's values are shuffled instead, which suits any
+    model and dtype: it destroys what was learned, keeps the scale of the activations, and leaves quantized weights
+    valid. A parameter of equal values, such as an untrained norm, does not change. At the end, also after an exception,
+    all weights are restored bit for bit; gradients and random states are not touched.
 
-    A head that shares its weights with the embeddings takes them along. Residual connections carry features past layers
-    without weights: maps of a logit lens can keep their form until the head or the vision tower has lost its own.
+    A head that shares its weights with the embeddings randomizes both. Residual connections carry features past
+    randomized layers, so that logit lens maps can keep their shape until the head or the vision tower is randomized.
 
-    Correlations near 0 are what a map of what the model learnt must reach. One that stays near 1 shows the image, or
-    the shape of the network. A map that becomes constant has lost its order: both correlations are 0.
+    A map of what the model learned must reach correlations near 0. A correlation that stays near 1 means that the map
+    depends on the image, or on the architecture, alone. If a map becomes constant, both correlations are 0.
 
     Args:
 
-        model (torch.nn.Module): The model that ``explain`` explains.
-        explain (Callable): Makes the map anew, of the same target at every call: a tensor or array of real numbers,
-                    any shape. Give it the original's answer: what the changed model would say is another question.
-        layers (Sequence[torch.nn.Module], optional): Modules of the model in the order in which they lose their
-                    weights.
-                    Default: ``None``, of a transformers model its head, the decoder's parts from the last layer to
-                    the embeddings, and what reads the images, such as the vision tower, each as a whole (not the few
-                    parameters that stand alone, as that of a newline in an image); of another model all modules with
-                    parameters of their own, from the last to the first.
-        seed (int): Of the random orders. Default: ``0``
+        model (torch.nn.Module): The explained model.
+        explain (Callable): Function that recomputes the map of the same target at every call: a tensor or array of real
+                    numbers, any shape. Let it explain the original answer, not the changed model's.
+        layers (Sequence[torch.nn.Module], optional): Modules of the model, in the order in which they are randomized.
+                    Default: ``None``. For a transformers model: the head, the decoder's parts from the last layer to
+                    the embeddings, and the modules that process images, such as the vision tower, each as a whole
+                    (but no parameter outside of a module, such as an image newline). For any other model: all modules
+                    with their own parameters, from the last to the first.
+        seed (int): Seed for shuffling.
+                    Default: ``0``
 
     Returns:
         **steps** (*list[RandomizationStep]*):
-            One for each layer, in that order.
+            One per layer, in the same order.
 
     Raises:
-        ValueError: no layer, one that is not in the model, has no parameters, or has them on the meta device, as
-            offloaded weights are; maps of different shapes, with NaN or infinity, or a constant one to begin with.
+        InvalidOptionError: There is no layer, or a layer is not in the model, has no parameters, or has them on the
+            meta device, as offloaded weights are.
+        InvalidInputError: Maps differ in shape or are not finite, or the original map is constant.
 
     Examples::
 
-        >>> net = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 1))
+        >>> from captum_intramodal.metrics import randomization_check
+        >>> net = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.Tanh(), torch.nn.Linear(3, 1))
         >>> inputs = torch.randn(1, 4, requires_grad=True)
         >>> steps = randomization_check(net, lambda: torch.autograd.grad(net(inputs).sum(), inputs)[0] * inputs)
         >>> [step.layer for step in steps]
@@ -82,53 +87,65 @@ def randomization_check(
     """
     order = _layers_from_the_top(model) if layers is None else list(layers)
     names = {module: name for name, module in model.named_modules()}
-    if not order:
-        raise ValueError(f"There is no layer of {type(model).__name__} to randomize.")
-    for layer in order:
-        if layer not in names:
-            raise ValueError(f"A {type(layer).__name__} among the layers is not a module of {type(model).__name__}.")
-        devices = {parameter.device.type for parameter in layer.parameters()}
-        if not devices or "meta" in devices:
-            raise ValueError(f"Layer {names[layer]!r} has no weights here{': they are offloaded' if devices else ''}.")
-
-    original = finite(explain(), "map")
+    _check_layers(order, names, type(model).__name__)
+    original = finite_array(explain(), "map")
     if not np.ptp(original):
-        raise ValueError(f"The map of the model as it is has one value everywhere, {original.flat[0]}.")
+        raise InvalidInputError(
+            f"The map of the original model has one value everywhere, {original.flat[0]}; pass one that varies."
+        )
     steps = []
-    with _weights_given_back(parameter for layer in order for parameter in layer.parameters()):
+    with _restored_weights(parameter for layer in order for parameter in layer.parameters()):
         for step, layer in enumerate(order):
-            _shuffle(layer, seed + step)
-            map = finite(explain(), "map")
+            _shuffle_weights(layer, seed + step)
+            map = finite_array(explain(), "map")
             if map.shape != original.shape:
-                raise ValueError(f"The map had shape {original.shape}, without {names[layer]!r} it has {map.shape}.")
-            ranked = _correlation(_ranks(original), _ranks(map))
-            steps.append(RandomizationStep(names[layer], ranked, _correlation(original, map)))
+                raise InvalidInputError(
+                    f"The original map has shape {original.shape}, but with {names[layer]!r} randomized {map.shape}; "
+                    "explain must return maps of the same target and shape."
+                )
+            rank_correlation = _correlation(_average_ranks(original), _average_ranks(map))
+            steps.append(RandomizationStep(names[layer], rank_correlation, _correlation(original, map)))
     return steps
 
 
+def _check_layers(layers: Sequence[nn.Module], names: Mapping[nn.Module, str], model: str) -> None:
+    """Check that there are layers, and that all belong to the model and have weights in memory."""
+    if not layers:
+        raise InvalidOptionError(f"There is no layer of {model} to randomize; pass a module with parameters.")
+    for layer in layers:
+        if layer not in names:
+            raise InvalidOptionError(f"A {type(layer).__name__} in layers is not a module of {model}.")
+        devices = {parameter.device.type for parameter in layer.parameters()}
+        if not devices:
+            raise InvalidOptionError(f"Layer {names[layer]!r} has no weights to randomize; leave it out.")
+        if "meta" in devices:
+            raise InvalidOptionError(
+                f"Layer {names[layer]!r} has weights on the meta device: they are offloaded; load the model in memory."
+            )
+
+
 def _layers_from_the_top(model: Any) -> list[nn.Module]:
+    """List a model's layers from the output to the input: the head, the decoder, and what processes images."""
     if not hasattr(model, "get_decoder"):
         return [module for module in model.modules() if any(True for _ in module.parameters(recurse=False))][::-1]
-    layers, head, decoder = (
-        set(decoder_layers(model)),
-        model.get_output_embeddings(),
-        set(model.get_decoder().modules()),
-    )
+    layers, decoder = set(decoder_layers(model)), set(model.get_decoder().modules())
+    head = model.get_output_embeddings()
 
     def parts(module: nn.Module) -> list[nn.Module]:
-        """The largest modules that hold no layer of the decoder, and those layers."""
+        """List the decoder's layers and the largest modules that contain none of them."""
         if module in layers or layers.isdisjoint(module.modules()):
             return [module] if any(True for _ in module.parameters()) else []
         return [part for child in module.children() for part in parts(child)]
 
-    downwards = parts(model)[::-1]
-    # Not every model lists what reads its images before its decoder.
-    return sorted(downwards, key=lambda part: 0 if head in part.modules() else 1 if part in decoder else 2)
+    from_the_top = parts(model)[::-1]
+    # Not every model registers its vision tower before its decoder.
+    return sorted(from_the_top, key=lambda part: 0 if head in part.modules() else 1 if part in decoder else 2)
 
 
 @contextmanager
-def _weights_given_back(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
-    # On the CPU: two copies of a large model need not fit into its devices.
+def _restored_weights(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    """Restore parameters at exit."""
+    # Copies are on the CPU because a large model may not fit on its devices twice.
     saved = {parameter: parameter.detach().to("cpu", copy=True) for parameter in parameters}
     try:
         yield
@@ -139,7 +156,8 @@ def _weights_given_back(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
 
 
 @torch.no_grad()
-def _shuffle(layer: nn.Module, seed: int) -> None:
+def _shuffle_weights(layer: nn.Module, seed: int) -> None:
+    """Shuffle the values of each parameter in place."""
     generators: dict[torch.device, torch.Generator] = {}
     for parameter in layer.parameters():
         device = parameter.device
@@ -148,15 +166,15 @@ def _shuffle(layer: nn.Module, seed: int) -> None:
         parameter.copy_(parameter.flatten()[order].view_as(parameter))
 
 
-def _ranks(map: Floats) -> Floats:
-    """Ranks of all values; equal ones share the mean of theirs."""
+def _average_ranks(map: Floats) -> Floats:
+    """Rank all values; equal values share their mean rank."""
     _, inverse, counts = np.unique(map, return_inverse=True, return_counts=True)
     return (counts.cumsum() - (counts - 1) / 2)[inverse.ravel()]
 
 
 def _correlation(a: Floats, b: Floats) -> float:
-    """Pearson's; 0 where one is constant."""
+    """Compute Pearson's correlation; return 0 if an array is constant."""
     if not np.ptp(a) or not np.ptp(b):
         return 0.0
-    # Of values from 0 to 1: the squares of very small or large ones would vanish or overflow.
+    # Values are scaled to [0, 1] because squares of very small or large ones would vanish or overflow.
     return float(np.corrcoef(*((map.ravel() - map.min()) / np.ptp(map) for map in (a, b)))[0, 1])

@@ -1,9 +1,6 @@
-r"""Faithfulness of explanations: what the model says when what an explanation points at is removed, or is all there is.
+r"""Score changed inputs: how probable is an answer when pixels of the image or tokens of the text are removed?
 
-Everything rests on one order: the features (pixels, or text tokens) from the most to the least important, ties in
-random order. A *curve* holds the model's score when a growing fraction of them is kept or removed; insertion, deletion,
-AOPC and ROAD are numbers read from curves. What removing means is the business of the score: :class:`ImageRemoval`
-imputes pixels, :class:`TokenRemoval` replaces tokens.
+Each class is a score function for :func:`insertion_curve`, :func:`deletion_curve` and :func:`road`.
 """
 
 from __future__ import annotations
@@ -14,39 +11,45 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.nn.functional import interpolate
 
 from captum_intramodal.adapter.answer_scorer import AnswerScorer, Images
+from captum_intramodal.errors import InvalidInputError, InvalidOptionError
 from captum_intramodal.functional.imputation import Imputation, Imputer, Masks
-from captum_intramodal.metrics.statistics import Array, Floats, finite
+from captum_intramodal.metrics.arrays import Array, Floats, finite_array, resize_bilinear
 
 __all__ = ["ImageRemoval", "TokenRemoval", "importance_at_pixels"]
 
 
 class ImageRemoval:
-    r"""
-    Score of an image of which some pixels are removed: from masks of the kept pixels to scores, as the curves need it.
+    r"""Score an image from which pixels are removed: a function from masks of the kept pixels, bool (N, height, width),
+    to N scores.
 
     Args:
 
-        score (Callable): From a list of N images to N scores, such as
-                    ``lambda images: scorer.of_images(images)[:, token].exp()`` with an
-                    :class:`~captum_intramodal.scoring.AnswerScorer`.
-        image (PIL.Image.Image): The original, RGB.
-        imputation (str or PIL.Image.Image, optional): What stands in the place of removed pixels, as :class:`Imputer`
-                    takes it.
+        score (Callable): Function from a list of N images to N scores, such as
+                    ``lambda images: scorer.log_probability(images)[:, token].exp()`` with an
+                    :class:`~captum_intramodal.adapter.AnswerScorer`.
+        image (PIL.Image.Image): The original image, RGB.
+        imputation (str or PIL.Image.Image, optional): How to fill removed pixels, as in :class:`Imputer`.
                     Default: ``'blur'``
-        seed (int, optional): Of the noise.
-                    Default: 0
+        seed (int, optional): Seed for the noise of ``'noisy_linear'``.
+                    Default: ``0``
 
     Raises:
-        ValueError: an unknown imputation, or an image of another size.
+        TypeError: ``image`` is not a PIL image.
+        InvalidOptionError: ``imputation`` is unknown.
+        InvalidInputError: ``imputation`` is an image of a different size.
 
     Examples::
 
-        >>> removal = ImageRemoval(score, image)
-        >>> curve = deletion_curve(removal, removal.importance(heatmap))
-        >>> deletion = area_under_curve(curve)
+        >>> from captum_intramodal.adapter import AnswerScorer
+        >>> from captum_intramodal.metrics import ImageRemoval, area_under_curve, deletion_curve
+        >>> scorer = AnswerScorer(adapter, "describe the picture.", explanation.answer)
+        >>> token = -2  # the last word; its period follows
+        >>> removal = ImageRemoval(lambda images: scorer.log_probability(images)[:, token].exp(), image)
+        >>> curve = deletion_curve(removal, removal.importance(explanation.maps[0][token]))
+        >>> curve.shape, 0 < area_under_curve(curve) < 1
+        ((11,), True)
     """
 
     def __init__(
@@ -60,48 +63,57 @@ class ImageRemoval:
         self.images = Imputer(image, imputation, seed)
 
     def importance(self, map: Array) -> Floats:
-        """A map (rows, columns) of any grid, bilinearly at the image's pixels: float64 (height, width)."""
+        """Resize a map (rows, columns) bilinearly to the image's pixels: float64 (height, width)."""
         return importance_at_pixels(map, self.images.image.size)
 
     def __call__(self, kept: Masks) -> Array:
+        """Score the image with only the kept pixels, for each mask."""
         return self.score(self.images(kept))
 
 
 def importance_at_pixels(map: Array, size: tuple[int, int]) -> Floats:
-    """A map (rows, columns) of any grid, bilinearly at the pixels of an image of this size (width, height): float64
-    (height, width)."""
-    values = torch.from_numpy(finite(map, "map").copy())
+    """Resize a map (rows, columns) bilinearly to an image of this size (width, height): float64 (height, width)."""
+    values = finite_array(map, "map")
     if values.ndim != 2:
-        raise ValueError(f"map must be (rows, columns), got shape {tuple(values.shape)}.")
-    resized: Floats = interpolate(values[None, None], size[::-1], mode="bilinear", align_corners=False)[0, 0].numpy()
-    return resized
+        raise InvalidInputError(f"map must be (rows, columns), got shape {values.shape}; pass one token's map.")
+    return resize_bilinear(values, (size[1], size[0]))
 
 
 class TokenRemoval:
-    r"""
-    Probability of an answer when some tokens before it are removed: from masks of the kept tokens to scores, as the
-    curves need it. It asks of a text map what :class:`ImageRemoval` asks of an image's.
+    r"""Score an answer with text tokens before it removed: a function from masks of the kept tokens, bool (N, T), to N
+    probabilities. It evaluates text relevance as :class:`ImageRemoval` evaluates image maps.
 
     Args:
 
-        scorer (AnswerScorer): Of the question and the answer.
-        images (PIL.Image.Image or Sequence[PIL.Image.Image]): The prompt's image or images, which stay.
-        positions (Tensor or Sequence[int]): Positions of T tokens of the prompt or the answer, int64 (T,), counted as
-                    :meth:`AnswerScorer.log_probability <captum_intramodal.scoring.AnswerScorer.log_probability>` does.
-        token (int or Sequence[int], optional): The answer's token whose probability is the score, from 0; a negative
-                    number counts from the end. Of several, as those of a word, the product of their probabilities.
-                    Default: None, the probability of the whole answer.
-        baseline (int, optional): The token that stands in the place of removed ones.
-                    Default: None, :attr:`ModelAdapter.baseline_token
-                    <captum_intramodal.adapter.ModelAdapter.baseline_token>`.
+        scorer (AnswerScorer): Scorer of the question and the answer.
+        images (PIL.Image.Image or Sequence[PIL.Image.Image]): The prompt's image or images, which are not changed.
+        positions (Tensor or Sequence[int]): Positions of T tokens of the prompt or the answer, int64 (T,), as in
+                    :meth:`AnswerScorer.log_probability
+                    <captum_intramodal.adapter.AnswerScorer.log_probability>`.
+        token (int or Sequence[int], optional): Index of the answer token whose probability is the score; negative
+                    indices count from the end. For several tokens, such as those of a word, the score is the product
+                    of their probabilities.
+                    Default: ``None``, the probability of the whole answer
+        baseline (int, optional): Id of the token that replaces removed ones.
+                    Default: ``None``, :attr:`ModelAdapter.baseline_token
+                    <captum_intramodal.adapter.ModelAdapter.baseline_token>`
 
     Raises:
-        ValueError: positions that are not int64 (T,), or an answer without that token.
+        InvalidInputError: ``positions`` are not int64 (T,).
+        InvalidOptionError: The answer has no such ``token``.
 
     Examples::
 
+        >>> from captum_intramodal.adapter import AnswerScorer
+        >>> from captum_intramodal.metrics import TokenRemoval, deletion_curve
+        >>> prompt = "describe the picture."
+        >>> scorer = AnswerScorer(adapter, prompt, "a dog.")
+        >>> prompt_length = adapter.sequence_length(adapter.prepare([image], prompt))
+        >>> positions = torch.arange(prompt_length - 6, prompt_length)
         >>> removal = TokenRemoval(scorer, image, positions, token=1)
-        >>> deletion = area_under_curve(deletion_curve(removal, relevance))     # relevance of the T tokens, float (T,)
+        >>> relevance = torch.tensor([0.1, 0.4, 0.0, 0.3, 0.2, 0.0])  # of the six tokens
+        >>> deletion_curve(removal, relevance, fractions=(0, 0.5, 1)).shape
+        (3,)
     """
 
     def __init__(
@@ -119,13 +131,16 @@ class TokenRemoval:
         self.tokens = list(range(count)) if token is None else [token] if isinstance(token, int) else list(token)
         self.baseline = baseline
         if self.positions.ndim != 1 or self.positions.dtype != torch.int64:
-            raise ValueError(f"positions must be int64 (T,), got {self.positions.dtype} {tuple(self.positions.shape)}.")
-        if not self.tokens or not all(-count <= each < count for each in self.tokens):
-            raise ValueError(
+            raise InvalidInputError(
+                f"positions must be int64 (T,), got {self.positions.dtype} {tuple(self.positions.shape)}."
+            )
+        if not self.tokens or not all(-count <= index < count for index in self.tokens):
+            raise InvalidOptionError(
                 f"token must be from {-count} to {count - 1} for an answer of {count} tokens, got {token}."
             )
 
     def __call__(self, kept: Masks) -> Tensor:
+        """Compute the probability with only the kept tokens, for each mask."""
         removed = torch.from_numpy(~np.asarray(kept, dtype=np.bool_))
         scores = self.scorer.without_tokens(self.images, self.positions, removed, self.baseline)
         return scores[:, self.tokens].sum(1).exp()

@@ -1,29 +1,28 @@
-"""Estimates with bootstrap intervals and paired tests, for metrics of explanations."""
+r"""Quantify uncertainty: how sure is a metric, or the difference between two methods? Bootstrap and paired tests."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from torch import Tensor
+
+from captum_intramodal.errors import InvalidInputError, InvalidOptionError
+from captum_intramodal.metrics.arrays import Array, Floats, finite_array
 
 __all__ = ["Interval", "bootstrap_interval", "paired_bootstrap_difference", "paired_permutation_test"]
 
-Array: TypeAlias = Tensor | npt.NDArray[Any]
-Floats: TypeAlias = npt.NDArray[np.float64]
-
-# Resampled values held at a time.
+# Resampled values held in memory at a time.
 _RESAMPLED_VALUES = 2**22
 
 
 class Interval(NamedTuple):
-    r"""An estimate and its bootstrap interval.
+    r"""An estimate with its bootstrap interval.
 
     Args:
 
-        estimate (float): The statistic of the values as they are.
+        estimate (float): The statistic of all values.
         low (float): Lower end of the interval.
         high (float): Upper end of the interval.
     """
@@ -40,31 +39,37 @@ def bootstrap_interval(
     level: float = 0.95,
     seed: int | np.random.Generator = 0,
 ) -> Interval:
-    r"""Percentile bootstrap interval of a statistic over samples.
+    r"""Compute the percentile bootstrap interval of a statistic over samples.
 
-    Samples, images and not words, are drawn with replacement, with all their columns. Source: Efron, "Bootstrap
-    methods: another look at the jackknife", 1979.
+    Samples (images, not words) are drawn with replacement, together with all their columns.
+
+    Source: Efron, "Bootstrap methods: another look at the jackknife", 1979.
 
     Args:
 
-        values (Tensor, ndarray or sequence): One row for each sample. Shape: N, or N x C for C columns.
-        statistic (Callable): Called as ``statistic(column_1, ..., column_C, axis=-1)`` with arrays of shape B x N, of
-                    which it returns B numbers, like ``numpy.mean``, ``numpy.median`` or :func:`f1_iou`.
+        values (Tensor, ndarray or sequence): One row per sample. Shape: N, or N x C for C columns.
+        statistic (Callable): Called as ``statistic(column_1, ..., column_C, axis=-1)`` with arrays of shape B x N;
+                    returns B numbers, as ``numpy.mean``, ``numpy.median`` and :func:`f1_iou` do.
                     Default: ``numpy.mean``
-        n (int): Number of resamples. Default: ``10_000``
-        level (float): Coverage, between 0 and 1. Default: ``0.95``
-        seed (int or Generator): Seed of a NumPy generator, or the generator. Default: ``0``
+        n (int): Number of resamples.
+                    Default: ``10_000``
+        level (float): Coverage, between 0 and 1.
+                    Default: ``0.95``
+        seed (int or Generator): Seed of a NumPy generator, or the generator.
+                    Default: ``0``
 
     Returns:
         **interval** (*Interval*):
             The named tuple (estimate, low, high).
 
     Raises:
-        ValueError: If there are no samples, a value is not finite, or the statistic returns another shape or is not
-            finite in some resample (as a ratio of counts that are all 0).
+        InvalidOptionError: ``level`` or ``n`` is out of range.
+        InvalidInputError: There are no samples, a value is not finite, or the statistic returns a wrong shape or is
+            not finite in some resample (such as a ratio of counts that are all 0).
 
     Examples::
 
+        >>> from captum_intramodal.metrics import bootstrap_interval, f1_iou
         >>> bootstrap_interval([0.25, 0.25, 0.25])
         Interval(estimate=0.25, low=0.25, high=0.25)
         >>> obj, func = [0.2, 0.4, 0.9], [0.5, 0.7, 0.6]
@@ -72,7 +77,7 @@ def bootstrap_interval(
         >>> low < estimate < high
         True
     """
-    return _bootstrap([_samples(values, "values")], statistic, n, level, seed)
+    return _bootstrap([_table(values, "values")], statistic, n, level, seed)
 
 
 def paired_bootstrap_difference(
@@ -83,29 +88,36 @@ def paired_bootstrap_difference(
     level: float = 0.95,
     seed: int | np.random.Generator = 0,
 ) -> Interval:
-    r"""Percentile bootstrap interval of ``statistic(first) - statistic(second)`` for two methods on the same samples.
+    r"""Compute the percentile bootstrap interval of ``statistic(first) - statistic(second)`` for two methods on the
+    same samples.
 
-    Each resample draws the same samples for both, so that what makes a sample hard for both cancels. The methods
-    differ at the level if the interval leaves out 0.
+    Each resample draws the same samples for both methods, so that the difficulty of samples cancels. The methods
+    differ significantly at the given level if the interval excludes 0.
 
     Args:
 
-        first (Tensor, ndarray or sequence): One row for each sample. Shape: N or N x C.
-        second (Tensor, ndarray or sequence): The same samples in the same order, with the shape of ``first``.
-        statistic (Callable): As in :func:`bootstrap_interval`. Default: ``numpy.mean``
-        n (int): Number of resamples. Default: ``10_000``
-        level (float): Coverage, between 0 and 1. Default: ``0.95``
-        seed (int or Generator): Seed of a NumPy generator, or the generator. Default: ``0``
+        first (Tensor, ndarray or sequence): One row per sample. Shape: N or N x C.
+        second (Tensor, ndarray or sequence): The same samples in the same order, in the shape of ``first``.
+        statistic (Callable): As in :func:`bootstrap_interval`.
+                    Default: ``numpy.mean``
+        n (int): Number of resamples.
+                    Default: ``10_000``
+        level (float): Coverage, between 0 and 1.
+                    Default: ``0.95``
+        seed (int or Generator): Seed of a NumPy generator, or the generator.
+                    Default: ``0``
 
     Returns:
         **interval** (*Interval*):
             The named tuple (estimate, low, high) of the difference.
 
     Raises:
-        ValueError: As in :func:`bootstrap_interval`, and if the shapes differ.
+        InvalidOptionError: As in :func:`bootstrap_interval`.
+        InvalidInputError: As in :func:`bootstrap_interval`, and if the shapes differ.
 
     Examples::
 
+        >>> from captum_intramodal.metrics import paired_bootstrap_difference
         >>> paired_bootstrap_difference([0.75, 0.5, 1.0, 0.5], [0.5, 0.25, 0.75, 0.25])
         Interval(estimate=0.25, low=0.25, high=0.25)
     """
@@ -119,54 +131,64 @@ def paired_permutation_test(
     n: int = 10_000,
     seed: int | np.random.Generator = 0,
 ) -> float:
-    r"""Two-sided permutation test of ``statistic(first) = statistic(second)`` for two methods on the same samples.
+    r"""Run a two-sided permutation test of ``statistic(first) = statistic(second)`` for two methods on the same
+    samples.
 
-    If the methods do not differ, the two rows of a sample may as well be swapped. All ways to swap them are tried
-    where there are at most ``n``, else ``n`` random ones beside the rows as they are, which keeps the test valid.
+    If the methods do not differ, the two rows of any sample can be swapped. If there are at most ``n`` ways to swap
+    rows, all are tried. Otherwise ``n`` random ones are, and the original rows count as one more, which keeps the test
+    valid.
+
     Sources: Fisher, "The design of experiments", 1935; Phipson and Smyth, "Permutation p-values should never be zero",
     2010.
 
     Args:
 
-        first (Tensor, ndarray or sequence): One row for each sample. Shape: N or N x C.
-        second (Tensor, ndarray or sequence): The same samples in the same order, with the shape of ``first``.
-        statistic (Callable): As in :func:`bootstrap_interval`. Default: ``numpy.mean``
-        n (int): Number of random swaps. Default: ``10_000``
-        seed (int or Generator): Seed of a NumPy generator, or the generator. Default: ``0``
+        first (Tensor, ndarray or sequence): One row per sample. Shape: N or N x C.
+        second (Tensor, ndarray or sequence): The same samples in the same order, in the shape of ``first``.
+        statistic (Callable): As in :func:`bootstrap_interval`.
+                    Default: ``numpy.mean``
+        n (int): Number of random swaps.
+                    Default: ``10_000``
+        seed (int or Generator): Seed of a NumPy generator, or the generator.
+                    Default: ``0``
 
     Returns:
         **p** (*float*):
-            Share of the ways to swap whose difference is at least as large, in absolute value, as the one without: at
-            least 1 / 2 ** N, or 1 / (1 + n) with random ones.
+            p-value: the share of swaps whose absolute difference is at least that of the original rows; at least
+            1 / 2 ** N, or 1 / (1 + n) for random swaps.
 
     Raises:
-        ValueError: As in :func:`paired_bootstrap_difference`.
+        InvalidOptionError: ``n`` is not positive.
+        InvalidInputError: As in :func:`paired_bootstrap_difference`.
 
     Examples::
 
-        >>> paired_permutation_test([0.75, 0.5, 1.0, 0.5], [0.5, 0.25, 0.75, 0.25])  # 2 of 16
+        >>> from captum_intramodal.metrics import paired_permutation_test
+        >>> paired_permutation_test([0.75, 0.5, 1.0, 0.5], [0.5, 0.25, 0.75, 0.25])  # 2 of 16 swaps
         0.125
     """
     pair = _pair(first, second)
     columns = list(zip(*(table.T for table in pair), strict=True))
 
     def difference(swapped: npt.NDArray[np.bool_]) -> Floats:
-        one = _evaluate(statistic, [np.where(swapped, y, x) for x, y in columns])
-        return one - _evaluate(statistic, [np.where(swapped, x, y) for x, y in columns])
+        minuend = _evaluate(statistic, [np.where(swapped, y, x) for x, y in columns])
+        return minuend - _evaluate(statistic, [np.where(swapped, x, y) for x, y in columns])
 
     differences = np.concatenate([difference(part) for part in swaps(len(pair[0]), n, seed, len(columns))])
     failed = int((~np.isfinite(differences)).sum())
     if failed:
-        raise ValueError(f"statistic is not finite in {failed} of {len(differences)} ways to swap.")
+        raise InvalidInputError(
+            f"statistic is not finite in {failed} of {len(differences)} ways to swap; remove samples without a value."
+        )
     return permutation_p(differences)
 
 
 def _bootstrap(
     tables: list[Floats], statistic: Callable[..., Any], n: int, level: float, seed: int | np.random.Generator
 ) -> Interval:
-    """Interval of the statistic of the first table, less that of the second if there is one."""
+    """Compute the interval of the statistic of the first table, minus that of the second if there is one."""
     if not 0 < level < 1:
-        raise ValueError(f"level must lie between 0 and 1, but it is {level}.")
+        raise InvalidOptionError(f"level must lie between 0 and 1, but it is {level}.")
     samples, columns = tables[0].shape
 
     def evaluate(rows: npt.NDArray[np.intp]) -> Floats:
@@ -177,18 +199,20 @@ def _bootstrap(
     estimate = evaluate(np.arange(samples, dtype=np.intp)[None])[0]
     failed = int((~np.isfinite(drawn)).sum())
     if failed or not np.isfinite(estimate):
-        raise ValueError(
-            f"statistic is {estimate} on all {samples} samples and not finite in {failed} of {n} resamples."
+        raise InvalidInputError(
+            f"statistic is {estimate} on all {samples} samples and not finite in {failed} of {n} resamples; remove "
+            "samples without a value, or add samples."
         )
     low, high = np.quantile(drawn, [(1 - level) / 2, (1 + level) / 2])
     return Interval(float(estimate), float(low), float(high))
 
 
 def _evaluate(statistic: Callable[..., Any], columns: Sequence[Floats]) -> Floats:
+    """Apply the statistic to resampled columns and check the shape of the result."""
     result = np.asarray(statistic(*columns, axis=-1), dtype=np.float64)
     shape = columns[0].shape
     if result.shape != shape[:1]:
-        raise ValueError(
+        raise InvalidInputError(
             f"statistic must reduce {len(columns)} arrays of shape {shape} to {shape[:1]}, "
             f"but it returned {result.shape}."
         )
@@ -198,15 +222,15 @@ def _evaluate(statistic: Callable[..., Any], columns: Sequence[Floats]) -> Float
 def resamples(
     samples: int, n: int, seed: int | np.random.Generator, columns: int = 1
 ) -> Iterator[npt.NDArray[np.intp]]:
-    """The rows of ``n`` bootstrap resamples, in parts of shape B x N."""
+    """Yield the row numbers of ``n`` bootstrap resamples, in batches of shape B x N."""
     generator = np.random.default_rng(seed)
-    for size in _parts(samples, n, columns):
+    for size in _batch_sizes(samples, n, columns):
         yield generator.integers(samples, size=(size, samples), dtype=np.intp)
 
 
 def swaps(samples: int, n: int, seed: int | np.random.Generator, columns: int = 1) -> Iterator[npt.NDArray[np.bool_]]:
-    """Which samples are swapped, in parts of shape B x N: first none, then all other ways or ``n`` random ones."""
-    sizes = _parts(samples, n, columns)
+    """Yield masks of swapped samples, in batches of shape B x N: first none, then all others or ``n`` random ones."""
+    sizes = _batch_sizes(samples, n, columns)
     if 2**samples <= n:
         yield (np.arange(2**samples)[:, None] >> np.arange(samples)) & 1 == 1
         return
@@ -217,40 +241,34 @@ def swaps(samples: int, n: int, seed: int | np.random.Generator, columns: int = 
 
 
 def permutation_p(differences: Floats) -> float:
-    """Share of differences as far from 0 as the first; one that is not defined counts as such."""
+    """Compute the share of differences at least as far from 0 as the first; undefined ones count, too."""
     distances = np.abs(differences)
-    # Equal differences that were summed in another order are equal.
+    # The tolerance covers equal differences that were summed in a different order.
     return float((~(distances < distances[0] - 1e-10 * np.nanmax(distances))).mean())
 
 
-def _parts(samples: int, n: int, columns: int) -> list[int]:
+def _batch_sizes(samples: int, n: int, columns: int) -> list[int]:
+    """Divide ``n`` resamples into batches that fit in memory."""
     if n < 1:
-        raise ValueError(f"n must be positive, but it is {n}.")
-    part = max(1, _RESAMPLED_VALUES // (samples * columns))
-    return [min(part, n - start) for start in range(0, n, part)]
+        raise InvalidOptionError(f"n must be positive, but it is {n}.")
+    size = max(1, _RESAMPLED_VALUES // (samples * columns))
+    return [min(size, n - start) for start in range(0, n, size)]
 
 
 def _pair(first: Array | Sequence[Any], second: Array | Sequence[Any]) -> list[Floats]:
-    pair = [_samples(first, "first"), _samples(second, "second")]
+    """Convert two methods' values to tables of the same shape."""
+    pair = [_table(first, "first"), _table(second, "second")]
     if pair[0].shape != pair[1].shape:
-        raise ValueError(f"first and second must have one shape, but they have {pair[0].shape} and {pair[1].shape}.")
+        raise InvalidInputError(
+            f"first and second must have the same shape, but have {pair[0].shape} and {pair[1].shape}; pass one row "
+            "per sample, for the same samples."
+        )
     return pair
 
 
-def _samples(values: Array | Sequence[Any], name: str) -> Floats:
-    table = finite(values, name)
+def _table(values: Array | Sequence[Any], name: str) -> Floats:
+    """Convert values to a table with one row per sample."""
+    table = finite_array(values, name)
     if table.ndim not in (1, 2):
-        raise ValueError(f"{name} must be N or N x C, but its shape is {table.shape}.")
+        raise InvalidInputError(f"{name} must be N or N x C, but its shape is {table.shape}.")
     return table.reshape(len(table), -1)
-
-
-def finite(values: Array | Sequence[Any], name: str) -> Floats:
-    if isinstance(values, Tensor):
-        values = values.detach().cpu().double().numpy()
-    array = np.asarray(values, dtype=np.float64)
-    if array.size == 0:
-        raise ValueError(f"{name} is empty, its shape is {array.shape}.")
-    wrong = int((~np.isfinite(array)).sum())
-    if wrong:
-        raise ValueError(f"{name} holds NaN or infinity in {wrong} of {array.size} values.")
-    return array

@@ -1,4 +1,4 @@
-r"""What no general rule can know about a model family: one row per family, and the names that rules try in order.
+r"""Exceptions of model families: one row per family, and the attribute names that general rules try in order.
 
 Everything else is measured on the model. To support a family that needs an exception, add its row here, or register it
 from your own code with :func:`register_family`.
@@ -15,6 +15,7 @@ __all__ = [
     "IMAGE_TOKEN_ATTRIBUTES",
     "NORM_NAMES",
     "NUMBERED_PATCHES",
+    "SEQUENCE_DIMS",
     "TOKEN_COUNTS",
     "VIDEO_TOKEN_ATTRIBUTES",
     "Family",
@@ -30,13 +31,14 @@ class Family:
 
     Attributes:
         model_type (str): ``config.model_type`` of the model, or of its decoder for ``final_states``.
-        final_states (str or None): module of the decoder whose output the final norm reads.
+        final_states (str or None): module of the decoder whose output is the input of the final norm.
             None: the last layer.
-        code_raster_ends (int or None): number of tokens that end each row, if the visual tokens are codes in a raster
-            over the pixel tensor, which no small change of the pixels moves. None: tokens are measured.
-        interleaves_images (bool): whether the processor takes a prompt as a list of texts and images in their order.
-        answer_token_type (int or None): token type that tells the answer from the prompt.
-        attends_ahead (bool): whether visual tokens attend to the words after them.
+        code_raster_ends (int or None): number of tokens that end each row, if the visual tokens are discrete codes in a
+            raster over the pixel tensor, which small changes of the pixels do not change. None: the regions of the
+            tokens are measured.
+        interleaves_images (bool): whether the processor takes a prompt as a list of texts and images in order.
+        answer_token_type (int or None): token type id of the answer, if it differs from the prompt's.
+        attends_ahead (bool): whether visual tokens attend to the text after them.
     """
 
     model_type: str
@@ -65,21 +67,31 @@ VIDEO_TOKEN_ATTRIBUTES = ("video_token_id", "video_token_index")
 NORM_NAMES = ("norm", "final_layernorm", "embedding_norm", "final_layer_norm", "ln_f")
 # Attributes of a processor that hold the number of placeholders per image, if it does not derive it from the pixels.
 TOKEN_COUNTS = ("image_seq_length", "image_seq_len", "num_image_tokens")
-# Pixel tensors whose patches carry their own position, as Pix2Struct's: (image, patch, 2 + elements), beginning with
-# the patch's row and column, counted from 1, and 0 for padding. They are normalized by each image's own contrast.
+# Pixel tensors whose patches contain their own position, such as Pix2Struct's: (image, patch, 2 + elements), where the
+# first two are the patch's row and column, counted from 1, or 0 for padding. Values are normalized by each image's own
+# contrast.
 NUMBERED_PATCHES = ("flattened_patches",)
+# The dimension of a decoder's arguments that runs along its sequence.
+SEQUENCE_DIMS = {
+    "inputs_embeds": 1,
+    "position_ids": -1,
+    "cache_position": 0,
+    "visual_pos_masks": 1,
+    "vision_mask": 1,
+    "moe_mm_token_type_ids": 1,
+}
 
 
 def family_of(config: Any) -> Family:
     r"""
-    Return the row of a config's model type.
+    Return the row of a model family.
 
     Args:
 
         config (PreTrainedConfig or None): A model's or decoder's configuration.
 
     Returns:
-        Family: the defaults if the type has no row.
+        **family** (*Family*): the row of ``config.model_type``, or the defaults if it has none.
 
     Examples::
 
@@ -96,10 +108,14 @@ def family_of(config: Any) -> Family:
 
 def register_family(family: Family) -> None:
     r"""
-    Add the row of a model type, or replace it.
+    Register the row of a model family; it replaces an earlier row of the same model type.
+
+    Args:
+
+        family (Family): The row.
 
     Raises:
-        InvalidOptionError: the row has no model type.
+        InvalidOptionError: its model type is empty.
 
     Examples::
 
@@ -107,5 +123,5 @@ def register_family(family: Family) -> None:
         >>> register_family(Family("my_vlm", answer_token_type=1))
     """
     if not family.model_type:
-        raise InvalidOptionError("A family needs a model_type, as in the config of its checkpoints; got an empty one.")
+        raise InvalidOptionError("model_type must be that of the config of the family's checkpoints, got an empty one.")
     _FAMILIES[family.model_type] = family

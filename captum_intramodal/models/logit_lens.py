@@ -1,4 +1,4 @@
-r"""The logit lens: a model's hidden states, read with its own final norm and unembedding."""
+r"""The logit lens: decode hidden states with the model's own final norm and unembedding."""
 
 from __future__ import annotations
 
@@ -10,10 +10,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from captum_intramodal._utils.memory import WORKING_MEMORY, items_within, run_in_chunks
-from captum_intramodal.models.decoder import final_norm, input_device, readable_layers
-from captum_intramodal.models.hooks import capture_outputs, hidden_rows
-from captum_intramodal.models.ranking import Rankings, rank_all, rankings_from_keys, top_keys
-from captum_intramodal.models.tail_replay import TailReplay
+from captum_intramodal.errors import InvalidOptionError, UnsupportedModelError
+from captum_intramodal.models.decoder import final_norm, input_device, lens_layers
+from captum_intramodal.models.hooks import capture_outputs
+from captum_intramodal.models.layer_io import hidden_rows
+from captum_intramodal.models.ranking import DEFAULT_RANKING_LENGTH, Rankings, rank_all, rankings_from_keys, top_keys
+from captum_intramodal.models.tail_replay import TailReplay, lens_tolerance, unmasked
 
 __all__ = ["LogitLens", "select_layers"]
 
@@ -22,38 +24,43 @@ T = TypeVar("T")
 
 class LogitLens:
     r"""
-    Reads hidden states of a transformers model's decoder as if they were its last ones: final norm, unembedding, and
-    the scale or soft cap that the model puts on its logits.
+    The logit lens decodes hidden states of a transformers model's decoder as if they were its last ones: final norm,
+    unembedding, and the scale or soft cap that the model applies to its logits.
 
     The activation of token :math:`c` at hidden state :math:`h` is :math:`g(\mathrm{norm}(h) \cdot w_c)`, with
     :math:`w_c` its row of the unembedding and :math:`g` the model's own post-processing: identity, a constant factor,
-    or :math:`\kappa \tanh(\cdot / \kappa)`. Which one is measured when the lens is made, by comparing with the model's
-    logits on a few tokens, because configurations cannot be trusted on it. Only the rows of the unembedding that are
-    asked for are used, and rankings are streamed over blocks of the vocabulary: a (positions x vocabulary) tensor never
-    exists. Products are accumulated in float32.
+    or :math:`\kappa \tanh(\cdot / \kappa)`. Configurations are not reliable on :math:`g`, so it is measured once, by
+    comparison with the model's logits for a few tokens. Only the requested rows of the unembedding are used, and
+    rankings are streamed over blocks of the vocabulary: a (positions x vocabulary) tensor never exists. Products are
+    accumulated in float32.
 
-    Where the model's logits are something else (masked tokens, several norms, a head of more than one layer), the model
-    computes them itself from the given hidden states, a few positions at a time: *tail replay*. That is exact for any
-    model, and costs a pass through the decoder's layers, whose results are replaced.
+    If the model computes its logits in another way (masked tokens, several norms, a head of several layers), the model
+    itself computes them from the given hidden states, a few positions at a time: *tail replay*. It is exact for any
+    model, at the cost of a forward pass whose layer outputs are discarded.
+
+    Source: nostalgebraist, "interpreting GPT: the logit lens", 2020.
 
     Args:
 
         model (transformers.PreTrainedModel): A model with ``get_decoder()``.
-        inputs (Mapping, optional): Keyword arguments of one forward pass to compare with, for models that cannot run
-                    on text alone.
+        inputs (Mapping, optional): Keyword arguments of the forward pass to compare with, for models that cannot
+                    process text alone.
                     Default: None, four text tokens.
-        working_memory (int, optional): Bytes that blocks of the vocabulary, or of hidden states, take at a time.
+        working_memory (int, optional): Bytes of one block of the vocabulary, or of hidden states.
                     Default: 16 MiB
 
     Attributes:
-        tail (str): ``'fast'`` or ``'replay'``.
+        tail (str): ``'fast'`` for :math:`g(\mathrm{norm}(h) \cdot w_c)`, ``'replay'`` for tail replay.
+        factor (float): The constant factor; 1.0 if there is none.
+        cap (float or None): The soft cap :math:`\kappa`, if there is one.
 
     Raises:
-        TypeError: ``model`` is not a transformers model, or its decoder's layers cannot be found.
-        ValueError: neither ``g(head(norm(h)))`` nor the replay gives the model's logits.
+        TypeError: ``model`` is not a transformers model.
+        UnsupportedModelError: its decoder's layers cannot be found, or neither way gives the model's logits.
 
     Examples::
 
+        >>> from captum_intramodal import LogitLens
         >>> lens = LogitLens(model)
         >>> lens.activation(torch.randn(10, lens.hidden_size), torch.tensor([5, 7])).shape
         torch.Size([10, 2])
@@ -64,7 +71,7 @@ class LogitLens:
     ) -> None:
         if not hasattr(model, "get_output_embeddings"):
             raise TypeError(f"LogitLens needs a transformers model, got {type(model).__name__}.")
-        self.layers: nn.ModuleList = readable_layers(model)
+        self.layers: nn.ModuleList = lens_layers(model)
         self.norm: nn.Module = final_norm(model)
         self.head: nn.Module | None = model.get_output_embeddings()
         self.factor: float = 1.0
@@ -75,20 +82,23 @@ class LogitLens:
         self._calibrate(model, inputs)
 
     def fits(self, model: PreTrainedModel) -> bool:
-        """Whether the model still has the layers, the norm and the head that this lens reads with."""
-        parts = [*readable_layers(model), final_norm(model), model.get_output_embeddings()]
+        """Return whether the model still has the layers, the norm and the head of this lens."""
+        parts = [*lens_layers(model), final_norm(model), model.get_output_embeddings()]
         return parts == [*self.layers, self.norm, self.head]
 
     @property
     def tail(self) -> str:
+        """``'fast'`` or ``'replay'``."""
         return "fast" if self._replay is None else "replay"
 
     @property
     def hidden_size(self) -> int:
+        """Number of features of a hidden state."""
         return int(self._weight.shape[1]) if self._replay is None else self._replay.hidden_size
 
     @property
     def vocab_size(self) -> int:
+        """Number of tokens that the head scores."""
         return int(self._weight.shape[0]) if self._replay is None else self._replay.vocab_size
 
     @property
@@ -97,32 +107,39 @@ class LogitLens:
 
     @torch.no_grad()
     def _calibrate(self, model: PreTrainedModel, inputs: Mapping[str, Any] | None) -> None:
-        """Finds the factor or soft cap between ``norm(h) . w`` and the model's own logits; replays where none fits."""
+        """Find the factor or cap between ``norm(h) . w`` and the model's logits; set up tail replay if none fits."""
         if inputs is None:
             inputs = {"input_ids": torch.tensor([[3, 1, 4, 2]], device=input_device(model))}
         last = self.layers[-1]
         with capture_outputs([last, *([] if self.head is None else [self.head])], hidden_rows) as captured:
             logits = model(**inputs).logits[0]
         if last not in captured:
-            raise ValueError(f"The last decoder layer of {type(model).__name__} did not run in its forward pass.")
+            raise UnsupportedModelError(
+                f"The last decoder layer of {type(model).__name__} did not run in its forward pass, so its hidden "
+                "states cannot be captured; if it cannot process text alone, pass the inputs of one example as inputs=."
+            )
         hidden = captured[last]
-        gap = self._fast_gap(model, hidden[-1], logits[-1].float())
-        if gap is not None:
-            self._replay = TailReplay(model, inputs, last, hidden, logits, gap)
+        misfit = self._fit_postprocessing(model, hidden[-1], logits[-1].float())
+        if misfit is not None:
+            self._replay = TailReplay(model, inputs, last, hidden, logits, misfit)
         elif self.head in captured:
-            # Some scale what the head reads, instead of what it says.
+            # In models that scale the head's input, its output already contains the factor.
             expected = logits[-1].float()
-            said = self._postprocess(captured[self.head][-1].to(expected))[..., : expected.numel()]
-            self._head_is_last = said.shape == expected.shape and torch.allclose(said, expected, rtol=1e-3, atol=1e-3)
+            actual = self._postprocess(captured[self.head][-1].to(expected))[..., : expected.numel()]
+            self._head_is_last = actual.shape == expected.shape and torch.allclose(
+                actual, expected, rtol=1e-3, atol=1e-3
+            )
 
     @property
     def ranks_as_generated(self) -> bool:
-        """Whether :meth:`rank_logits` of what the head says while the model generates is :meth:`rank` of its states:
-        the lens is the model's own tail, in float32; of lower precision many logits are equal that differ there."""
+        """Whether :meth:`rank_logits` of the head's output equals :meth:`rank` of its input.
+
+        True if the lens is the model's own tail in float32. In lower precision, logits that differ here become equal.
+        """
         return self._head_is_last and self._weight.dtype == torch.float32
 
-    def _fast_gap(self, model: PreTrainedModel, hidden: Tensor, logits: Tensor) -> str | None:
-        """Sets factor and cap so that the lens gives the model's logits; where that fails, says by how much."""
+    def _fit_postprocessing(self, model: PreTrainedModel, hidden: Tensor, logits: Tensor) -> str | None:
+        """Set the factor and cap with which the lens gives the model's logits, or return why none does."""
         weight = getattr(self.head, "weight", None)
         if not isinstance(weight, Tensor) or weight.ndim != 2 or weight.shape[1] != hidden.shape[-1]:
             return "no unembedding of the hidden states' width"
@@ -134,22 +151,24 @@ class LogitLens:
         if plain.numel() < logits.numel():
             return f"{logits.numel()} logits for {plain.numel()} rows of the unembedding"
         plain = plain[: logits.numel()]
-        # Tokens that the model masks are ranked last by it, not by their product.
-        if not bool((logits.isfinite() & (logits > torch.finfo(torch.float32).min / 4)).all()):
+        # A masked token ranks last in the model, whatever its product is.
+        if not bool(unmasked(logits).all()):
             return "some tokens are masked"
-        tolerance = (1e-3 if self._weight.dtype in (torch.float32, torch.float64) else 3e-2) * float(logits.std())
-        cap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
-        factor = float((plain @ logits) / (plain @ plain).clamp_min(1e-12))
-        candidates: list[tuple[float, float | None]] = [(1.0, None), (factor, None)]
-        if cap:
-            candidates.insert(1, (1.0, float(cap)))
-        for self.factor, self.cap in candidates:
+        tolerance = lens_tolerance(self._weight.dtype) * float(logits.std())
+        configured_cap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
+        least_squares = float((plain @ logits) / (plain @ plain).clamp_min(1e-12))
+        candidates: list[tuple[float, float | None]] = [(1.0, None), (least_squares, None)]
+        if configured_cap:
+            candidates.insert(1, (1.0, float(configured_cap)))
+        for factor, cap in candidates:
+            self.factor, self.cap = factor, cap
             gap = float((self._postprocess(plain) - logits).abs().mean())
             if gap <= tolerance:
                 return None
         return f"mean gap {gap:.3g} with logits of standard deviation {float(logits.std()):.3g}"
 
     def _postprocess(self, product: Tensor) -> Tensor:
+        """Scale or cap products as the model does its logits."""
         if self.factor != 1.0:
             product = product * self.factor
         if self.cap is not None:
@@ -157,20 +176,21 @@ class LogitLens:
         return product
 
     def _product(self, normed: Tensor, rows: Tensor | slice) -> Tensor:
+        """Multiply normalized states (N, D) with rows of the unembedding, in float32."""
         weight = self._weight[rows].to(device=normed.device, dtype=torch.float32)
         product = normed.float() @ weight.T
         bias = getattr(self.head, "bias", None)
         return product if bias is None else product + bias[rows].to(product)
 
     def _replayed(self, hidden: Tensor) -> Iterator[Tensor]:
-        """The model's own logits of hidden states (N, D), some rows at a time."""
+        """Yield the model's own logits of hidden states (N, D), some rows at a time."""
         replay = cast(TailReplay, self._replay)
         for rows in hidden.split(replay.length):
             yield replay(rows)
 
     @torch.no_grad()
     def normalize(self, hidden: Tensor) -> Tensor:
-        """Applies the final norm to the output of a decoder layer, (..., D) -> (..., D)."""
+        """Apply the final norm to the output of a decoder layer, (..., D) -> (..., D)."""
         parameter = next(self.norm.parameters(), None)
         if parameter is not None:
             hidden = hidden.to(device=parameter.device)
@@ -179,24 +199,30 @@ class LogitLens:
     @torch.no_grad()
     def activation(self, hidden: Tensor, tokens: Tensor, normed: bool = False) -> Tensor:
         r"""
-        Logits of some tokens at some hidden states.
+        Compute logits of tokens at hidden states.
 
         Args:
 
             hidden (Tensor): Output of a decoder layer, (..., D).
             tokens (Tensor): Token ids, int64 (n,).
-            normed (bool, optional): Whether the final norm has been applied to ``hidden``, as to transformers'
-                        ``hidden_states[-1]``.
+            normed (bool, optional): Whether the final norm has already been applied to ``hidden``, as it has been
+                        to transformers' ``hidden_states[-1]``.
                         Default: False
 
         Returns:
-            *Tensor* (..., n) float32.
+            **activation** (*Tensor*): float32 (..., n).
+
+        Raises:
+            InvalidOptionError: ``normed`` with tail replay, which starts before the norm.
         """
         if self._replay is not None:
             if normed:
-                raise ValueError("This model's tail is replayed, from the output of its last decoder layer on.")
-            rows = [logits[:, tokens.to(logits.device)] for logits in self._replayed(hidden.flatten(0, -2))]
-            return torch.cat(rows).reshape(*hidden.shape[:-1], len(tokens))
+                raise InvalidOptionError(
+                    "normed=True is not possible: this model's tail is replayed from the output of its last decoder "
+                    "layer on; pass hidden states before the norm."
+                )
+            parts = [logits[:, tokens.to(logits.device)] for logits in self._replayed(hidden.flatten(0, -2))]
+            return torch.cat(parts).reshape(*hidden.shape[:-1], len(tokens))
         flat = hidden.flatten(0, -2)
 
         def activations(rows: slice) -> Tensor:
@@ -211,54 +237,57 @@ class LogitLens:
     def _over_vocabulary(
         self, work: Callable[[slice], T], positions: int, block_size: int | None = None
     ) -> Iterator[T]:
-        """Does some work on as many rows of the unembedding at a time as fit into the working memory."""
-        # A row's copy in float32; and of each position its logit, its key in a ranking, and room to sort them.
+        """Run ``work`` on as many rows of the unembedding at a time as fit into the working memory."""
+        # A row's copy in float32, and each position's logit, its key in a ranking, and room to sort them.
         row = 32 * positions + (0 if self._weight.dtype == torch.float32 else 4 * self.hidden_size)
         return run_in_chunks(work, self.vocab_size, block_size or items_within(self.working_memory, row))
 
     @torch.no_grad()
-    def rank(self, hidden: Tensor, k: int = 50, block_size: int | None = None) -> Rankings:
+    def rank(self, hidden: Tensor, k: int = DEFAULT_RANKING_LENGTH, block_size: int | None = None) -> Rankings:
         r"""
-        Ranking of the most likely next tokens at each hidden state, and the logarithm of the sum that a softmax over
-        the vocabulary divides by, streamed over blocks of the vocabulary: memory is positions x (``k`` + block),
-        whatever the size of the vocabulary. Equal logits rank by token id.
+        Rank the most likely next tokens at each hidden state, streamed over blocks of the vocabulary: memory grows with
+        N x (``k`` + block), whatever the size of the vocabulary. Equal logits rank by token id.
 
         Args:
 
             hidden (Tensor): Output of a decoder layer, (N, D).
-            k (int, optional): Length of the ranking; at most the size of the vocabulary.
+            k (int, optional): Length of the ranking.
                         Default: 50
             block_size (int, optional): Rows of the unembedding used at a time.
                         Default: None, as many as fit into the working memory.
 
         Returns:
-            *Rankings*: ``ids`` (N, min(k, vocabulary)) int64, best first; ``log_normalizer`` (N,) float32.
+            **rankings** (*Rankings*): ``ids``, int64 (N, min(k, vocabulary)), best first; and ``log_normalizer``,
+            float32 (N,), the logarithm of the sum that a softmax over the vocabulary divides by.
+
+        Raises:
+            InvalidOptionError: ``k`` is below 1.
         """
         if k < 1:
-            raise ValueError(f"k must be at least 1, got {k}.")
+            raise InvalidOptionError(f"k must be at least 1, got {k}.")
         if self._replay is not None:
             parts = [rank_all(logits, k) for logits in self._replayed(hidden)]
             return Rankings(*map(torch.cat, zip(*parts, strict=True)))
         normed = self.normalize(hidden)
 
-        def read(rows: slice) -> tuple[Tensor, Tensor]:
+        def rank_block(rows: slice) -> tuple[Tensor, Tensor]:
             logits = self._postprocess(self._product(normed, rows))
             return top_keys(logits, rows.start, k), logits.logsumexp(1)
 
         best = torch.empty(len(normed), 0, dtype=torch.int64, device=normed.device)
         normalizer = torch.full(normed.shape[:1], -torch.inf, device=normed.device)
-        for keys, block in self._over_vocabulary(read, len(normed), block_size):
+        for keys, block in self._over_vocabulary(rank_block, len(normed), block_size):
             best = torch.cat([best, keys], dim=1)
             best = best.topk(min(k, best.shape[1]), dim=1).values
             normalizer = torch.logaddexp(normalizer, block)
         return Rankings(rankings_from_keys(best, k), normalizer)
 
-    def rank_logits(self, product: Tensor, k: int = 50) -> Rankings:
-        """:meth:`rank` of the head's output, (N, vocabulary), before the model scales or caps it."""
+    def rank_logits(self, product: Tensor, k: int = DEFAULT_RANKING_LENGTH) -> Rankings:
+        """Rank as :meth:`rank` does, given the head's output (N, vocabulary) before the model scales or caps it."""
         return rank_all(self._postprocess(product), k)
 
-    def topk(self, hidden: Tensor, k: int = 50, block_size: int | None = None) -> Tensor:
-        """The ``ids`` of :meth:`rank`, int64 (N, min(k, vocabulary)), best first."""
+    def topk(self, hidden: Tensor, k: int = DEFAULT_RANKING_LENGTH, block_size: int | None = None) -> Tensor:
+        """Return the ``ids`` of :meth:`rank`, int64 (N, min(k, vocabulary)), best first."""
         return self.rank(hidden, k, block_size).ids
 
     @torch.no_grad()
@@ -270,7 +299,7 @@ class LogitLens:
         log_normalizer: Tensor | None = None,
     ) -> Tensor:
         r"""
-        Log-probability of one token per hidden state, streamed over blocks of the vocabulary.
+        Compute the log-probability of one token per hidden state, streamed over blocks of the vocabulary.
 
         Args:
 
@@ -278,12 +307,12 @@ class LogitLens:
             tokens (Tensor): Token ids, int64 (N,).
             block_size (int, optional): Rows of the unembedding used at a time.
                         Default: None, as many as fit into the working memory.
-            log_normalizer (Tensor, optional): Of the same states, from :meth:`rank`; then no other row of the
-                        unembedding is read.
+            log_normalizer (Tensor, optional): That of the same states from :meth:`rank`; no other rows of the
+                        unembedding are used then.
                         Default: None, computed.
 
         Returns:
-            *Tensor* (N,) float32, at most 0.
+            **log_probability** (*Tensor*): float32 (N,), at most 0.
         """
         if self._replay is not None:
             all_logits = (logits.log_softmax(1) for logits in self._replayed(hidden))
@@ -301,10 +330,26 @@ class LogitLens:
 
 
 def select_layers(lens: LogitLens, indices: Sequence[int]) -> list[nn.Module]:
-    """Decoder layers by index, negative ones from the end."""
+    r"""
+    Return decoder layers by index.
+
+    Args:
+
+        lens (LogitLens): The lens whose layers to choose from.
+        indices (Sequence[int]): Indices, negative ones from the end.
+
+    Raises:
+        InvalidOptionError: there is no index, or no layer of an index.
+
+    Examples::
+
+        >>> from captum_intramodal.models.logit_lens import select_layers
+        >>> select_layers(adapter.lens, [-1])[0] is adapter.lens.layers[-1]
+        True
+    """
     count = len(lens.layers)
     if bad := [index for index in indices if not -count <= index < count]:
-        raise ValueError(f"Layer indices {bad} do not exist; the decoder has {count} layers.")
+        raise InvalidOptionError(f"Layer indices {bad} do not exist; the decoder has {count} layers.")
     if not indices:
-        raise ValueError("At least one layer index is needed.")
+        raise InvalidOptionError("At least one layer index is needed, got none.")
     return [lens.layers[index] for index in indices]

@@ -1,4 +1,4 @@
-r"""Where a model's sequence holds visual tokens: positions of its image placeholders."""
+r"""Positions of the visual tokens in a model's sequence: those of its image placeholders."""
 
 from __future__ import annotations
 
@@ -7,44 +7,56 @@ from collections.abc import Sequence
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from captum_intramodal.errors import InvalidInputError, UnsupportedModelError
 from captum_intramodal.models.families import IMAGE_TOKEN_ATTRIBUTES, VIDEO_TOKEN_ATTRIBUTES
 
 __all__ = ["image_token_id", "visual_positions"]
 
 
 def image_token_id(model: PreTrainedModel) -> int | None:
-    """Id of the token that the processor repeats for every visual token; None where images enter another way."""
+    """Return the id of the token that the processor repeats for every visual token, or None if there is none."""
     return _config_id(model, IMAGE_TOKEN_ATTRIBUTES)
 
 
 def _config_id(model: PreTrainedModel, names: Sequence[str]) -> int | None:
+    """Return the first token id that the model's config has under one of these names."""
     ids = (getattr(model.config, name, None) for name in names)
     return next((i for i in ids if isinstance(i, int)), None)
 
 
 def visual_positions(model: PreTrainedModel, input_ids: Tensor) -> Tensor:
-    r"""Positions of the decoder sequence that hold visual tokens.
+    r"""
+    Find the positions of the decoder sequence that hold visual tokens.
 
     Args:
 
-        model (PreTrainedModel): An image-text-to-text model whose config names its image placeholder token.
-        input_ids (Tensor): Token ids of one example, with the placeholders expanded by the processor. Shape: T or
-                    1 x T.
+        model (transformers.PreTrainedModel): An image-text-to-text model whose config names its image placeholder.
+        input_ids (Tensor): Token ids of one example, with the placeholders expanded by the processor, int64 (T,) or
+                    (1, T).
 
     Returns:
-        **positions** (*Tensor*):
-            int64, shape: V, on the device of ``input_ids``.
+        **positions** (*Tensor*): int64 (V,), on the device of ``input_ids``.
 
     Raises:
-        ValueError: several examples, a config without placeholder id, or a sequence without placeholders.
+        InvalidInputError: several examples, or a sequence without placeholders.
+        UnsupportedModelError: the config names no placeholder.
+
+    Examples::
+
+        >>> from captum_intramodal.geometry import visual_positions
+        >>> inputs = adapter.prepare([image], "describe the picture.")
+        >>> len(visual_positions(model, inputs["input_ids"])) == len(adapter.geometry([image.size]).kinds)
+        True
     """
     if input_ids.ndim == 2 and input_ids.shape[0] == 1:
         input_ids = input_ids[0]
     if input_ids.ndim != 1:
-        raise ValueError(f"Expected the token ids of one example, got shape {tuple(input_ids.shape)}.")
+        raise InvalidInputError(
+            f"input_ids must be those of one example, (T,) or (1, T), got shape {tuple(input_ids.shape)}."
+        )
     token_id = image_token_id(model)
     if token_id is None:
-        raise ValueError(
+        raise UnsupportedModelError(
             f"The config of {type(model).__name__} names no image placeholder ({', '.join(IMAGE_TOKEN_ATTRIBUTES)}); "
             "set model.config.image_token_id to the id that the processor repeats for every visual token."
         )
@@ -53,7 +65,7 @@ def visual_positions(model: PreTrainedModel, input_ids: Tensor) -> Tensor:
         is_visual |= input_ids == video_token_id
     positions = is_visual.nonzero().flatten()
     if len(positions) == 0:
-        raise ValueError(
+        raise InvalidInputError(
             f"No image placeholder (id {token_id}) among the {len(input_ids)} input ids; the prompt needs one for "
             "every image, and config and processor must agree on its id."
         )

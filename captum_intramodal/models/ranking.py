@@ -7,44 +7,77 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = [
-    "Rankings",
-]
+__all__ = ["DEFAULT_RANKING_LENGTH", "Rankings", "rank_all", "rankings_from_keys", "top_keys"]
 
-# Neighbors among a row of logits whose largest is looked at first.
+# Default length of rankings.
+DEFAULT_RANKING_LENGTH = 50
+
+# Long rows are searched in parts of this many neighbors.
 _PART = 128
+_LARGEST_ID = 0xFFFFFFFF
 
 
 class Rankings(NamedTuple):
-    """What :meth:`LogitLens.rank` reads at N hidden states."""
+    r"""
+    Rankings of the most likely next tokens at N hidden states.
+
+    Attributes:
+        ids (Tensor): token ids, best first, int64 (N, k).
+        log_normalizer (Tensor): logarithm of the sum that a softmax over the vocabulary divides by, float32 (N,).
+    """
 
     ids: Tensor
     log_normalizer: Tensor
 
 
-def _rank_keys(logits: Tensor, start: int, ids: Tensor | None = None) -> Tensor:
-    """int64 keys that order by (logit, smaller token id): the order of top-k is then the same on every machine. Ids
-    count from ``start``; all in their order if they are not given."""
+def rank_all(logits: Tensor, k: int) -> Rankings:
+    """Rank all tokens by their logits, (N, vocabulary), and keep the first ``k``."""
+    return Rankings(rankings_from_keys(top_keys(logits, 0, k), k), logits.logsumexp(1))
+
+
+def top_keys(logits: Tensor, start: int, k: int) -> Tensor:
+    r"""
+    Return keys whose order is that of the ranking, of at least the k best tokens.
+
+    Keys of several blocks of the vocabulary may be concatenated before :func:`rankings_from_keys`.
+
+    Args:
+
+        logits (Tensor): Logits of a block of the vocabulary, (N, block).
+        start (int): Id of the block's first token.
+        k (int): Length of the ranking.
+
+    Returns:
+        **keys** (*Tensor*): int64 (N, k), or (N, block) if all tokens are needed; in any order.
+    """
+    if k < logits.shape[1]:
+        values, ids = _top_values(logits, k + 1)
+        # If the k-th and the next logit are equal, the smaller ids count, which only all keys tell.
+        if not bool((values[:, k] == values[:, k - 1]).any()):
+            return _keys(values[:, :k], start, ids[:, :k])
+    return _keys(logits, start)
+
+
+def rankings_from_keys(keys: Tensor, k: int) -> Tensor:
+    """Return the token ids of the k largest keys, best first, int64 (N, min(k, keys))."""
+    return _LARGEST_ID - (keys.topk(min(k, keys.shape[1]), dim=1).values & _LARGEST_ID)
+
+
+def _keys(logits: Tensor, start: int, ids: Tensor | None = None) -> Tensor:
+    """Return int64 keys ordered by (logit, smaller token id), which makes top-k the same on every machine.
+
+    Ids count from ``start``; None are those of a whole block.
+    """
     # Adding 0.0 turns -0.0 into 0.0, which would otherwise rank below it.
     bits = (logits.float() + 0.0).view(torch.int32).long()
     ordered = torch.where(bits >= 0, bits, -(bits & 0x7FFFFFFF))
     if ids is None:
         ids = torch.arange(logits.shape[1], device=logits.device)
-    return (ordered << 32) | (0xFFFFFFFF - start - ids)
+    return (ordered << 32) | (_LARGEST_ID - start - ids)
 
 
-def top_keys(logits: Tensor, start: int, k: int) -> Tensor:
-    """The k largest of :func:`_rank_keys`, in any order."""
-    if k < logits.shape[1]:
-        values, ids = _largest(logits, k + 1)
-        # Of several that are as likely as the last of them, those with the smallest ids would count.
-        if not bool((values[:, k] == values[:, k - 1]).any()):
-            return _rank_keys(values[:, :k], start, ids[:, :k])
-    return _rank_keys(logits, start)
-
-
-def _largest(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """``logits.topk(count)``; of long rows from those parts alone whose own largest values are the largest."""
+def _top_values(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Return ``logits.topk(count)``; in long rows, search only the parts whose maxima are the largest."""
     parts = logits.shape[1] // _PART
     if parts < 4 * count:
         values, ids = logits.topk(count, dim=1)
@@ -59,12 +92,3 @@ def _largest(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
         ids = torch.cat([ids, last.expand(len(ids), -1)], dim=1)
     values, places = candidates.topk(count, dim=1)
     return values, ids.gather(1, places)
-
-
-def rank_all(logits: Tensor, k: int) -> Rankings:
-    return Rankings(rankings_from_keys(top_keys(logits, 0, k), k), logits.logsumexp(1))
-
-
-def rankings_from_keys(keys: Tensor, k: int) -> Tensor:
-    """The token ids of the k largest keys, best first."""
-    return 0xFFFFFFFF - (keys.topk(min(k, keys.shape[1]), dim=1).values & 0xFFFFFFFF)

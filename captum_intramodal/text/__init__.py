@@ -1,1 +1,1 @@
-"""Text without a model: character spans of tokens and words, parts of speech."""
+r"""Analyze text without a model: character spans of tokens and words, parts of speech, named categories."""

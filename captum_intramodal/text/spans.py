@@ -1,7 +1,8 @@
-r"""Characters, tokens and words: which span of a text each token is, and which tokens a word is made of."""
+r"""Map between characters, tokens and words: which characters does a token cover, and which tokens form a word?"""
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -9,7 +10,7 @@ from typing import Any
 
 __all__ = ["Word", "decode_pieces", "find_spans", "group_words"]
 
-# A word, one sign of a script that is written without spaces (kana, CJK ideographs, ...), or one other sign.
+# A single character of a script written without spaces (kana, CJK ideographs), a word, or a punctuation mark.
 _WORD = re.compile(
     r"[\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]|[^\W\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]+(?:['’\-][^\W]+)*|[^\w\s]"
 )
@@ -17,14 +18,16 @@ _WORD = re.compile(
 
 @dataclass(frozen=True)
 class Word:
-    """A word of the prompt or the answer.
+    r"""A word of the prompt or the answer.
 
     Attributes:
-        text (str): the word, without surrounding space.
-        start, end (int): its characters in the prompt or answer.
-        tokens (tuple[int, ...]): indices of its tokens.
-        probability (float or None): of an answer's word, the product of its tokens' probabilities, each given all
-            tokens before it.
+
+        text (str): The word, without surrounding spaces.
+        start (int): Index of its first character in the prompt or answer.
+        end (int): Index after its last character.
+        tokens (tuple[int, ...]): Indices of its tokens.
+        probability (float or None): For a word of the answer, the product of its tokens' probabilities, each
+                    conditioned on all previous tokens.
     """
 
     text: str
@@ -35,14 +38,19 @@ class Word:
 
 
 def decode_pieces(tokenizer: Any, ids: Sequence[int]) -> tuple[str, list[tuple[int, int]]]:
-    r"""
-    Text of a token sequence and the span of characters that each token adds to it.
+    r"""Decode a token sequence and find the span of characters that each token adds.
 
-    Offsets are found by decoding prefixes, because generated ids need not be what the tokenizer would make of their
-    text. Bytes of one character that are spread over several tokens give the character to the last of them.
+    Spans are found by decoding prefixes, because re-tokenizing the text of generated ids can give other ids. If the
+    bytes of a character are spread over several tokens, the character belongs to the last of them.
+
+    Args:
+
+        tokenizer (PreTrainedTokenizerBase): The tokenizer.
+        ids (Sequence[int]): Token ids.
 
     Returns:
-        tuple: the text, and per token ``(start, end)``.
+        **text, spans** (*tuple*):
+            The decoded text, and ``(start, end)`` per token.
     """
     spans: list[tuple[int, int]] = []
     text, end = "", 0
@@ -54,20 +62,36 @@ def decode_pieces(tokenizer: Any, ids: Sequence[int]) -> tuple[str, list[tuple[i
 
 
 def find_spans(pieces_text: str, spans: Sequence[tuple[int, int]], text: str) -> list[tuple[int, int] | None] | None:
-    """Maps token spans in ``pieces_text`` to spans in ``text``, which it contains up to space and letter case.
+    r"""Map token spans in a decoded text to spans in a text that it contains, such as the prompt in its chat template.
 
-    None for a token outside of ``text``; None altogether where ``text`` is not found. The last occurrence counts.
+    Spaces and letter case are ignored. If the text occurs several times, the last occurrence is used.
+
+    Args:
+
+        pieces_text (str): The decoded text.
+        spans (Sequence[tuple[int, int]]): Span of each token in ``pieces_text``.
+        text (str): The text to find.
+
+    Returns:
+        **spans** (*list or None*):
+            For each token its span in ``text``, or ``None`` if it is outside; ``None`` if ``text`` is not found.
+
+    Examples::
+
+        >>> from captum_intramodal.text.spans import find_spans
+        >>> find_spans("user: Hi you", [(0, 5), (5, 8), (8, 12)], "hi you")
+        [None, (0, 2), (3, 6)]
     """
-    have = [(char.lower(), index) for index, char in enumerate(pieces_text) if not char.isspace()]
-    want = [(char.lower(), index) for index, char in enumerate(text) if not char.isspace()]
-    # One sign per character keeps the two strings aligned where lower() makes several.
-    first = "".join(char[0] for char, _ in have).rfind("".join(char[0] for char, _ in want))
-    if first < 0 or not want:
+    rendered = [(char.lower(), index) for index, char in enumerate(pieces_text) if not char.isspace()]
+    wanted = [(char.lower(), index) for index, char in enumerate(text) if not char.isspace()]
+    # lower() can turn one character into several; its first keeps both strings aligned.
+    first = "".join(char[0] for char, _ in rendered).rfind("".join(char[0] for char, _ in wanted))
+    if first < 0 or not wanted:
         return None
-    position = {have[first + offset][1]: index for offset, (_, index) in enumerate(want)}
+    index_in_text = {rendered[first + offset][1]: index for offset, (_, index) in enumerate(wanted)}
     result: list[tuple[int, int] | None] = []
     for start, end in spans:
-        inside = [position[i] for i in range(start, end) if i in position]
+        inside = [index_in_text[i] for i in range(start, end) if i in index_in_text]
         result.append((inside[0], inside[-1] + 1) if inside else None)
     return result
 
@@ -75,7 +99,25 @@ def find_spans(pieces_text: str, spans: Sequence[tuple[int, int]], text: str) ->
 def group_words(
     text: str, spans: Sequence[tuple[int, int]], probabilities: Sequence[float] | None = None
 ) -> list[Word]:
-    """Words of a text with the tokens that touch them; words that share a token are one."""
+    r"""Split a text into words with the tokens that overlap them; words that share a token are merged.
+
+    Args:
+
+        text (str): The text.
+        spans (Sequence[tuple[int, int]]): Span of each token in ``text``.
+        probabilities (Sequence[float], optional): Probability of each token, conditioned on all previous ones.
+                    Default: ``None``
+
+    Returns:
+        **words** (*list[Word]*):
+            The words in order, punctuation marks included.
+
+    Examples::
+
+        >>> from captum_intramodal.text.spans import group_words
+        >>> [(word.text, word.tokens) for word in group_words("a dog.", [(0, 1), (1, 3), (3, 5), (5, 6)])]
+        [('a', (0,)), ('dog', (1, 2)), ('.', (3,))]
+    """
     words: list[Word] = []
     for match in _WORD.finditer(text):
         start, end = match.span()
@@ -86,10 +128,9 @@ def group_words(
             words[-1] = replace(last, text=text[last.start : end], end=end, tokens=merged)
         elif tokens:
             words.append(Word(text[start:end], start, end, tokens))
-    if probabilities is not None:
-        for index, word in enumerate(words):
-            product = 1.0
-            for token in word.tokens:
-                product *= float(probabilities[token])
-            words[index] = replace(word, probability=product)
-    return words
+    if probabilities is None:
+        return words
+    return [
+        replace(word, probability=math.prod((float(probabilities[token]) for token in word.tokens), start=1.0))
+        for word in words
+    ]

@@ -1,1 +1,1 @@
-"""Explanations as a web page and as one sheet of images; HTML is escaped here."""
+"""HTML pages and plots: an explanation as a web page and as one overview image."""

@@ -1,4 +1,5 @@
-r"""An explanation as one self-contained web page, and as one sheet of images."""
+r"""How is an explanation shown as one self-contained web page? HTML is escaped in one place:
+:func:`html_escaping_environment`."""
 
 from __future__ import annotations
 
@@ -14,22 +15,20 @@ import jinja2
 import numpy as np
 from PIL import Image
 
-from captum_intramodal.viz.style import color_table, resize_grid, word_peaks
+from captum_intramodal.viz.style import heatmap_colors, resize_grid, word_peaks
 
 __all__ = ["ExplanationLike", "page_template", "render_html"]
 
 Part = Literal["prompt", "answer"]
 
-
-# Longest side of an embedded image (pixels) and of an embedded heatmap (cells).
+# Longest side of an embedded image in pixels, and of an embedded heatmap in cells.
 IMAGE_SIDE = 1600
-
-
 GRID_SIDE = 48
 
 
+# Protocols, because Explanation is defined on a higher floor, which this package must not import.
 class WordLike(Protocol):
-    """A word of the prompt or of the answer; ``start`` and ``end`` are its span of characters there."""
+    """A word of the prompt or of the answer; ``start`` and ``end`` are its character offsets there."""
 
     @property
     def text(self) -> str: ...
@@ -42,7 +41,7 @@ class WordLike(Protocol):
 
 
 class ExplanationLike(Protocol):
-    """What the page and the sheet need to know of an explanation."""
+    """The part of an explanation that the page and the overview need."""
 
     @property
     def images(self) -> Sequence[Image.Image]: ...
@@ -62,50 +61,61 @@ class ExplanationLike(Protocol):
 
 
 def render_html(explanation: ExplanationLike) -> str:
-    r"""Renders an explanation as one HTML file that needs no network.
+    r"""
+    Render an explanation as one HTML file that needs no network.
 
-    The page shows, for the word under the pointer or the keyboard focus, its heatmap over the images and its
-    relevance over the earlier words. Each heatmap travels as a grid of bytes, not as an image, so the page stays
-    light for long answers. A content security policy admits only the page's own script and style (by their hash)
-    and images inside the file.
+    For the word under the pointer or the keyboard focus, the page shows its heatmap over the images and its relevance
+    over the earlier words. Heatmaps are embedded as grids of bytes, not as images, which keeps pages of long answers
+    small. A content security policy admits only the page's own script and style (by their hash) and embedded images.
 
     Args:
-        explanation (Explanation): the explanation to show.
+
+        explanation (Explanation): The explanation to show.
 
     Returns:
-        str: the HTML document. Words carry ``data-index``, counted through the prompt and on through the answer.
+        **html** (*str*):
+            The document. Words carry ``data-index``, counted through the prompt and on through the answer.
 
     Examples::
 
-        >>> write_atomically("explanation.html", render_html(explanation).encode())
+        >>> from captum_intramodal.viz.page import render_html
+        >>> "<!DOCTYPE html>" in render_html(explanation)
+        True
     """
     n_prompt = len(explanation.prompt_words)
     return page_template("explanation.html.j2").render(
         answer=explanation.answer,
-        images=[_embed(image) for image in explanation.images],
-        prompt_pieces=list(_pieces(explanation.prompt, explanation.prompt_words, 0)),
-        answer_pieces=list(_pieces(explanation.answer, explanation.words, n_prompt)),
+        images=[_embed_image(image) for image in explanation.images],
+        prompt_pieces=list(_split_at_words(explanation.prompt, explanation.prompt_words, 0)),
+        answer_pieces=list(_split_at_words(explanation.answer, explanation.words, n_prompt)),
         settings=list(_flatten(explanation.settings)),
-        data=_page_data(explanation),
+        data=_script_data(explanation),
     )
 
 
-# --- the page ---------------------------------------------------------------------------------------------------------
+def html_escaping_environment() -> jinja2.Environment:
+    """Return the Jinja environment of all templates: every value is HTML-escaped, and unknown names are errors.
 
-
-@lru_cache
-def page_template(name: str) -> jinja2.Template:
+    Nothing in the templates is marked safe. JSON inside ``<script>`` is written with Jinja's ``tojson``, which also
+    escapes ``<``, ``>``, ``&`` and ``'``.
+    """
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
     )
     environment.filters["csp_hash"] = lambda text: base64.b64encode(sha256(text.encode()).digest()).decode()
-    return environment.get_template(name)
+    return environment
 
 
-def _page_data(explanation: ExplanationLike) -> dict[str, Any]:
-    """All that the page's script reads: numbers and base64 only. Words are numbered prompt first, then answer."""
+@lru_cache
+def page_template(name: str) -> jinja2.Template:
+    """Load a template of this package."""
+    return html_escaping_environment().get_template(name)
+
+
+def _script_data(explanation: ExplanationLike) -> dict[str, Any]:
+    """Collect what the page's script reads: only numbers and base64. Words are numbered prompt first, then answer."""
     maps = [
         _shrink(np.concatenate(pair))
         for pair in zip(explanation.word_maps("prompt"), explanation.word_maps("answer"), strict=True)
@@ -115,25 +125,26 @@ def _page_data(explanation: ExplanationLike) -> dict[str, Any]:
     peaks = word_peaks(maps) if maps else np.zeros(len(words), np.float32)
     divisors = np.where(peaks > 0, peaks, 1)[:, None, None]
     relevance = np.concatenate([explanation.word_relevance("prompt"), explanation.word_relevance("answer")])
-    # A word can only lean on earlier ones: row i of the triangle has i entries.
+    # Only earlier words can be relevant for a word: row i of the triangle has i entries.
     triangle = np.tril_indices(len(words), -1)
     return {
-        "colors": base64.b64encode(color_table().tobytes()).decode(),
-        "maps": [{"grid": grids.shape[1:], "values": _bytes(grids / divisors)} for grids in maps],
+        "colors": base64.b64encode(heatmap_colors().tobytes()).decode(),
+        "maps": [{"grid": grids.shape[1:], "values": _encode_unit(grids / divisors)} for grids in maps],
         "peaks": [float(f"{peak:.5g}") for peak in peaks],
-        # Top of the shared scale: the answer's strongest word. The prompt's only where the answer has nothing.
+        # Top of the shared scale: the answer's strongest word, or the prompt's if all maps of the answer are 0.
         "strongest": float(peaks[n_prompt:].max(initial=0)) or float(peaks.max(initial=0)) or 1.0,
-        "relevance": _bytes(relevance[triangle]),
+        "relevance": _encode_unit(relevance[triangle]),
         "probabilities": [None if word.probability is None else round(word.probability, 6) for word in words],
     }
 
 
-def _bytes(unit: np.ndarray) -> str:
-    return base64.b64encode(np.rint(255 * unit).astype(np.uint8).tobytes()).decode()
+def _encode_unit(values: np.ndarray) -> str:
+    """Encode values in [0, 1] as one byte each, in base64."""
+    return base64.b64encode(np.rint(255 * values).astype(np.uint8).tobytes()).decode()
 
 
 def _shrink(grids: np.ndarray) -> np.ndarray:
-    """Grids of at most GRID_SIDE cells a side, by averaging."""
+    """Average maps down to at most GRID_SIDE cells per side."""
     height, width = grids.shape[1:]
     scale = GRID_SIDE / max(height, width)
     if scale >= 1:
@@ -142,7 +153,8 @@ def _shrink(grids: np.ndarray) -> np.ndarray:
     return np.stack([resize_grid(grid, size, Image.Resampling.BOX) for grid in grids])
 
 
-def _embed(image: Image.Image) -> dict[str, Any]:
+def _embed_image(image: Image.Image) -> dict[str, Any]:
+    """Return an image as a data URL with its size, at most IMAGE_SIDE pixels per side."""
     small = image.convert("RGB")
     small.thumbnail((IMAGE_SIDE, IMAGE_SIDE), Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
@@ -151,8 +163,8 @@ def _embed(image: Image.Image) -> dict[str, Any]:
     return {"url": url, "width": small.width, "height": small.height}
 
 
-def _pieces(text: str, words: Sequence[WordLike], first: int) -> Iterator[tuple[str, int | None]]:
-    """The text cut into words (with their number) and what lies between them (with None)."""
+def _split_at_words(text: str, words: Sequence[WordLike], first: int) -> Iterator[tuple[str, int | None]]:
+    """Split a text into words, with their numbers counted from ``first``, and the text between them, with None."""
     end = 0
     for index, word in enumerate(words, first):
         if word.start > end:
@@ -164,6 +176,7 @@ def _pieces(text: str, words: Sequence[WordLike], first: int) -> Iterator[tuple[
 
 
 def _flatten(settings: Any, path: str = "") -> Iterator[tuple[str, str]]:
+    """Flatten nested settings into dotted names and text."""
     if isinstance(settings, Mapping):
         for key, value in settings.items():
             yield from _flatten(value, f"{path}.{key}" if path else str(key))

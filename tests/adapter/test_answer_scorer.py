@@ -1,3 +1,5 @@
+"""Scores of answers, against single passes."""
+
 from __future__ import annotations
 
 import pytest
@@ -8,6 +10,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from captum_intramodal import ModelAdapter
 from captum_intramodal.adapter.answer_scorer import AnswerScorer
 from captum_intramodal.demo import CHECKPOINT, IMAGES
+from captum_intramodal.errors import InvalidInputError, InvalidOptionError
 from captum_intramodal.metrics import TokenRemoval, deletion_curve, insertion_curve
 
 PROMPT, ANSWER = "describe the picture.", "a dog and a cat."
@@ -21,12 +24,12 @@ def adapter() -> ModelAdapter:
 
 @pytest.fixture(scope="module")
 def images() -> list[Image.Image]:
-    shown = [Image.open(path).convert("RGB") for path in IMAGES[:2]]
-    return [*shown, Image.new("RGB", (96, 160), "gray")]
+    originals = [Image.open(path).convert("RGB") for path in IMAGES[:2]]
+    return [*originals, Image.new("RGB", (96, 160), "gray")]
 
 
-def by_hand(adapter: ModelAdapter, image: Image.Image, replaced: list[int] | None = None) -> torch.Tensor:
-    """One pass of the processor's own inputs."""
+def score_alone(adapter: ModelAdapter, image: Image.Image, replaced: list[int] | None = None) -> torch.Tensor:
+    """Score the answer in one pass over the processor's own inputs."""
     text = adapter.prompt_text(PROMPT, 1) + ANSWER
     inputs = adapter.processor(text=[text], images=[image], return_tensors="pt")
     count = len(adapter.tokenize_answer(ANSWER))
@@ -42,7 +45,7 @@ def by_hand(adapter: ModelAdapter, image: Image.Image, replaced: list[int] | Non
 def test_scores_are_those_of_single_passes(adapter: ModelAdapter, images: list[Image.Image], batch_size: int) -> None:
     scores = AnswerScorer(adapter, PROMPT, ANSWER, batch_size).log_probability(images)
     for score, image in zip(scores, images, strict=True):
-        torch.testing.assert_close(score, by_hand(adapter, image), atol=2e-4, rtol=1e-3)
+        torch.testing.assert_close(score, score_alone(adapter, image), atol=2e-4, rtol=1e-3)
 
 
 def test_replaced_tokens_of_prompt_and_answer(adapter: ModelAdapter, images: list[Image.Image]) -> None:
@@ -52,7 +55,7 @@ def test_replaced_tokens_of_prompt_and_answer(adapter: ModelAdapter, images: lis
     removed = torch.tensor([[False, False], [True, False], [True, True]])
     scores = scorer.without_tokens(images[0], positions, removed)
     for score, row in zip(scores, removed, strict=True):
-        expected = by_hand(adapter, images[0], positions[row].tolist())
+        expected = score_alone(adapter, images[0], positions[row].tolist())
         torch.testing.assert_close(score, expected, atol=2e-4, rtol=1e-3)
     assert (scores[1] - scores[0]).abs().max() > 0.01
     removal = TokenRemoval(scorer, images[0], positions, token=2)
@@ -64,7 +67,7 @@ def test_replaced_tokens_of_prompt_and_answer(adapter: ModelAdapter, images: lis
     torch.testing.assert_close(scores[2, :2], scores[1, :2], atol=1e-4, rtol=1e-4)
 
 
-def test_the_model_is_given_back(adapter: ModelAdapter, images: list[Image.Image]) -> None:
+def test_the_model_is_restored(adapter: ModelAdapter, images: list[Image.Image]) -> None:
     adapter.model.train()
     try:
         AnswerScorer(adapter, PROMPT, ANSWER).log_probability(images[:1])
@@ -73,15 +76,15 @@ def test_the_model_is_given_back(adapter: ModelAdapter, images: list[Image.Image
         adapter.model.eval()
 
 
-def test_misuse_is_refused(adapter: ModelAdapter, images: list[Image.Image]) -> None:
+def test_invalid_arguments(adapter: ModelAdapter, images: list[Image.Image]) -> None:
     scorer = AnswerScorer(adapter, PROMPT, ANSWER)
-    with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
+    with pytest.raises(InvalidOptionError, match="batch_size must be at least 1, got 0"):
         AnswerScorer(adapter, PROMPT, ANSWER, 0)
-    with pytest.raises(ValueError, match="1 lists of positions for 3"):
+    with pytest.raises(InvalidInputError, match="1 lists of positions for 3"):
         scorer.log_probability(images, [torch.tensor([5])])
-    with pytest.raises(ValueError, match=r"bool \(N, 1\), got torch.float32 \(2, 1\)"):
+    with pytest.raises(InvalidInputError, match=r"bool \(N, 1\), got torch.float32 \(2, 1\)"):
         scorer.without_tokens(images[0], torch.tensor([5]), torch.zeros(2, 1))
-    with pytest.raises(ValueError, match=r"Positions \[9999\] lie outside"):
+    with pytest.raises(InvalidInputError, match=r"Positions \[9999\] lie outside"):
         scorer.log_probability(images[:1], [torch.tensor([9999])])
-    with pytest.raises(ValueError, match="positions in one are not those in another"):
+    with pytest.raises(InvalidInputError, match="positions in one are not those in another"):
         scorer.log_probability(images, [torch.tensor([0])] * 3)

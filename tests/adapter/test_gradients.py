@@ -1,4 +1,4 @@
-"""Activation x gradient at the visual tokens that a decoder reads, in its sequence or by cross-attention."""
+"""Activation x gradient at the visual tokens, in the decoder's sequence or in its cross-attention."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def random_image(width: int = 160, height: int = 120) -> Image.Image:
         ("pix2struct", "flattened_patches", lambda m: m.encoder.layernorm, False, "encoder_hidden_states", None),
     ],
 )
-def test_it_is_captums(
+def test_attributions_are_captums(
     model_type: str,
     key: str,
     layer_of: Callable[[Any], nn.Module],
@@ -95,7 +95,7 @@ def test_maps_follow_the_attributions() -> None:
     assert result.maps[0][-1].any()
 
 
-def test_scales_and_images() -> None:
+def test_tiles_at_a_larger_scale_and_several_images() -> None:
     model, processor = build("mllama")
     larger = explain(model, processor, random_image(), PROMPT, ANSWER, scales=(1.0, 2.0))
     assert larger.settings["scales"] == [1.0, 2.0]
@@ -106,33 +106,33 @@ def test_scales_and_images() -> None:
     assert len(several.maps) == 2 and all(bool(m.any()) for m in several.maps)
 
 
-def test_instead_of_the_lens() -> None:
+def test_gradients_replace_the_lens() -> None:
     model, processor = tiny("llava")
     adapter, whole = ModelAdapter(model, processor), random_image(120, 120)
     arguments = (PROMPT, ANSWER)
     by: dict[str, Any] = dict(method="layer_gradient_x_activation")
     result = explain(model, processor, whole, *arguments, scales=(1.0,), **by)
     assert result.settings["method"] == "layer_gradient_x_activation" and result.maps[0].any()
-    # Each cut-out is read as an image of its own.
-    (cut,) = collect_answer_activations(adapter, [whole], *arguments, (2.0,), crops=True, **by).levels
+    # Each cut-out is processed as an image of its own.
+    (cut,) = collect_answer_activations(adapter, [whole], *arguments, (2.0,), crops=True, **by).scale_maps
     for index, (x, y) in enumerate([(0, 0), (60, 0), (0, 60), (60, 60)]):
         (alone,) = collect_answer_activations(
             adapter, [whole.crop((x, y, x + 60, y + 60))], *arguments, (1.0,), **by
-        ).levels
+        ).scale_maps
         torch.testing.assert_close(cut.activation[:, 64 * index : 64 * index + 64], alone.activation)
 
 
-def test_check() -> None:
+def test_a_model_with_cross_attention_passes_the_check() -> None:
     report = check(*build("idefics"), random_image(96, 96))
     assert report.passed, str(report)
     assert "in image_hidden_states" in report["geometry"].detail
     assert report["scales"].figures["oracle"] >= 0.97
 
 
-def test_errors() -> None:
+def test_layers_and_gradients_that_do_not_exist() -> None:
     model, processor = build("mllama")
     arguments: Any = (model, processor, random_image(), PROMPT, ANSWER)
-    with pytest.raises(ValueError, match="method='layer_gradient_x_activation' explains it"):
+    with pytest.raises(ValueError, match="use method='layer_gradient_x_activation'"):
         explain(*arguments, method="logit_lens")
     with pytest.raises(ValueError, match="leave layer out"):
         explain(*arguments, scales=(1.0,), layer=0)
@@ -145,14 +145,3 @@ def test_errors() -> None:
     with pytest.raises(ValueError, match="No gradient passes"):
         explain(model, processor, random_image(), PROMPT, ANSWER, **by)
     assert not any(module._forward_pre_hooks for module in model.modules()) and torch.is_grad_enabled()
-
-
-def test_images_stand_where_the_prompt_has_them() -> None:
-    model, processor = build("idefics")
-    adapter = ModelAdapter(model, processor)
-    shown = [random_image(96, 96)] * 2
-    read = processor.tokenizer.decode(adapter.prepare(shown, PROMPT)["input_ids"][0]).split()
-    tokens = [token for token in read if token != "<fake_token_around_image>"]
-    assert tokens == ["<s>", "user", ":", "<image>", ",", "<image>", ",", *PROMPT.split(), "assistant", ":"]
-    with pytest.raises(ValueError, match="1 places for images, but there are 2"):
-        adapter.prepare(shown, [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "what"}]}])

@@ -1,4 +1,4 @@
-"""Every configuration that Captum ships for its own tests: the inner method against itself inside MSEA."""
+"""Every configuration that Captum ships for its own tests, with and without MSEA around the method."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from torch import Tensor
 
 from captum_intramodal import MSEA, LowPass, Pyramid, Resize
 
-# Captum's remarks about its own configurations.
+# Captum warns about its own configurations.
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
 
-def pairs() -> Iterator[tuple[str, Attribution, dict[str, Any]]]:
-    """Every configuration with each of its methods, on a model and arguments of its own."""
+def configured_methods() -> Iterator[tuple[str, Attribution, dict[str, Any]]]:
+    """Yield every configuration with each of its methods, with a fresh model and fresh arguments."""
     for entry in config:
         for algorithm in entry["algorithms"]:
             _, model, kwargs, layer, noise_tunnel, _ = parse_test_config(entry)
@@ -31,37 +31,39 @@ def pairs() -> Iterator[tuple[str, Attribution, dict[str, Any]]]:
             yield name, NoiseTunnel(method) if noise_tunnel else method, kwargs
 
 
-def same(actual: Any, expected: Any) -> bool:
+def are_equal(actual: Any, expected: Any) -> bool:
     if isinstance(expected, Tensor):
         return isinstance(actual, Tensor) and actual.dtype == expected.dtype and torch.equal(actual, expected)
-    return type(actual) is type(expected) and len(actual) == len(expected) and all(map(same, actual, expected))
+    return type(actual) is type(expected) and len(actual) == len(expected) and all(map(are_equal, actual, expected))
 
 
 def attribute(method: Attribution, kwargs: Mapping[str, Any]) -> Any:
     torch.manual_seed(0)
-    np.random.seed(0)  # what GradientShap draws from
+    np.random.seed(0)  # GradientShap draws from it
     return method.attribute(**kwargs)
 
 
-def unequal(pyramid: Pyramid, scales: Sequence[float], weights: Sequence[float], only: Callable[[Any], bool]) -> Any:
-    """Number of pairs, and names of those that differ from the inner method."""
-    names, different = [], []
-    for name, method, kwargs in pairs():
+def compare(
+    pyramid: Pyramid, scales: Sequence[float], weights: Sequence[float], only: Callable[[Any], bool]
+) -> tuple[int, list[str]]:
+    """Count the methods compared, and name those that MSEA changes."""
+    count, different = 0, []
+    for name, method, kwargs in configured_methods():
         if only(kwargs["inputs"]):
-            names.append(name)
+            count += 1
             msea = MSEA(method, scales=scales, weights=weights, pyramid=pyramid)
-            if not same(attribute(msea, kwargs), attribute(method, kwargs)):
+            if not are_equal(attribute(msea, kwargs), attribute(method, kwargs)):
                 different.append(name)
-    return len(names), different
+    return count, different
 
 
 def test_scale_one_is_the_inner_method(capsys: pytest.CaptureFixture[str]) -> None:
-    count, different = unequal(Resize(), (1.0,), (1,), lambda inputs: True)
+    count, different = compare(Resize(), (1.0,), (1,), lambda inputs: True)
     with capsys.disabled():
         print(f"\nscales=(1.0,): {count - len(different)} equal of {count} pairs of {len(config)} configurations")
     assert (len(config), count, different) == (77, 288, [])
 
 
-def test_so_it_is_beside_a_scale_without_weight() -> None:
-    count, different = unequal(LowPass(), (0.5, 1.0), (0, 1), lambda x: isinstance(x, Tensor) and x.ndim == 4)
+def test_a_scale_without_weight_changes_nothing() -> None:
+    count, different = compare(LowPass(), (0.5, 1.0), (0, 1), lambda x: isinstance(x, Tensor) and x.ndim == 4)
     assert (count, different) == (29, [])

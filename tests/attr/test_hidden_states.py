@@ -1,3 +1,5 @@
+"""Captum's layer methods at decoder layers, against Captum on one batch and against formulas."""
+
 from __future__ import annotations
 
 from functools import cache
@@ -16,25 +18,27 @@ from captum.attr import (
     LayerGradientXActivation,
     LayerIntegratedGradients,
     NoiseTunnel,
+    Saliency,
 )
 from torch import Tensor, nn
 
 from captum_intramodal import HiddenStates, ModelAdapter, PixelForward
-from captum_intramodal.attr.hidden_states import attribute_positions
-from captum_intramodal.models.hooks import first_tensor, replace_first_tensor
+from captum_intramodal.attr.hidden_states import attribute_positions, check_reduction, single_tensor
+from captum_intramodal.errors import InvalidInputError, InvalidOptionError
+from captum_intramodal.models.layer_io import first_tensor, replace_first_tensor
 from tests.testing.tiny import tiny
 
 
 @cache
 def pixel_forward(model_type: str) -> PixelForward:
-    """One that runs images one by one, as where a model does not read stacked inputs."""
+    """Return a forward function that runs images one by one, as for models that do not take stacked inputs."""
     forward = PixelForward(ModelAdapter(*tiny(model_type)), "describe the picture", "a red dog")
     forward.stacks = False
     return forward
 
 
 class OnePass(nn.Module):
-    """All images in one batch: what Captum needs, and what PixelForward's families do not all allow."""
+    """Run all images in one batch, as Captum expects; not every family of PixelForward allows it."""
 
     def __init__(self, forward: PixelForward) -> None:
         super().__init__()
@@ -146,14 +150,14 @@ def test_layers_called_by_keyword_that_return_tuples(at_input: bool) -> None:
     assert method.forward_func is net and method.layer is net.layer
 
 
-def test_examples_one_by_one_are_refused() -> None:
+def test_other_functions_that_run_examples_one_by_one_are_refused() -> None:
     net, x = KeywordNet(one_by_one=True), torch.rand(2, 3, 4)
-    with pytest.raises(ValueError, match="one by one"):
+    with pytest.raises(InvalidInputError, match="one by one"):
         attribute_positions(LayerGradientXActivation(net, net.layer), x, None)
     attribute_positions(LayerGradientXActivation(net, net.layer), x[:1], None)
 
 
-def test_reductions() -> None:
+def test_features_are_reduced() -> None:
     net, x = KeywordNet(), torch.rand(1, 3, 4)
     method = LayerGradientXActivation(net, net.layer)
     plain = attribute_positions(method, x, None)
@@ -170,9 +174,9 @@ def test_noise_tunnel_around_a_layer_method() -> None:
     assert torch.allclose(quiet, attribute_positions(method, image, "sum", **options), atol=1e-5)
 
 
-def test_hooks_are_given_back() -> None:
+def test_hooks_are_removed() -> None:
     forward, image = pixel_forward("llava"), torch.rand(2, 3, 64, 96)
-    forward(image[:1])  # transformers leaves hooks of its own after its first pass
+    forward(image[:1])  # transformers adds hooks of its own in its first pass
     layer = forward.adapter.lens.layers[1]
     before = len(layer._forward_hooks), len(layer._forward_pre_hooks)
     for target in ((0, 3), (0, 10**6)):
@@ -183,7 +187,27 @@ def test_hooks_are_given_back() -> None:
     assert (len(layer._forward_hooks), len(layer._forward_pre_hooks)) == before
 
 
-def test_layers_of_another_shape_are_refused() -> None:
+def test_hidden_states_of_another_shape_are_refused() -> None:
     states = HiddenStates(net := nn.Linear(4, 2), net)
-    with pytest.raises(ValueError, match="positions"):
+    with pytest.raises(InvalidInputError, match="positions"):
         states(torch.rand(3, 4))
+
+
+def test_a_layer_outside_the_forward_function_is_refused() -> None:
+    states = HiddenStates(pixel_forward("llava"), nn.Linear(4, 4))
+    with pytest.raises(InvalidInputError, match="Linear did not run"):
+        states(torch.rand(2, 3, 64, 96))
+
+
+def test_other_methods_and_reductions_are_refused() -> None:
+    net = KeywordNet()
+    with pytest.raises(InvalidOptionError, match="LayerAttribution of one layer"):
+        attribute_positions(Saliency(net), torch.rand(1, 3, 4), "sum")
+    with pytest.raises(InvalidOptionError, match="reduce must be"):
+        check_reduction("mean")
+
+
+def test_several_tensors_are_refused() -> None:
+    assert torch.equal(single_tensor((torch.ones(2),)), torch.ones(2))
+    with pytest.raises(InvalidInputError, match=r"got \['Tensor', 'Tensor'\]"):
+        single_tensor((torch.ones(2), torch.ones(2)))

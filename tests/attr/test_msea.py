@@ -1,3 +1,5 @@
+"""MSEA against its formula, and what Captum's methods and tools expect of an attribution."""
+
 from __future__ import annotations
 
 from typing import Any
@@ -28,10 +30,11 @@ from captum.metrics import infidelity, sensitivity_max
 from torch import Tensor, nn
 
 from captum_intramodal import MSEA, LowPass, MultiScaleExplanationAggregation, Resize
+from captum_intramodal.errors import InvalidInputError, InvalidOptionError
 
 
 class ConvNet(nn.Module):
-    """Any input size; two inputs if asked."""
+    """A net for images of any size, with an optional second input."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -143,13 +146,13 @@ def test_follows_the_inner_method(net: ConvNet) -> None:
 def test_other_aggregations(net: ConvNet, image: Tensor, aggregation: Any) -> None:
     maps = [MSEA(Saliency(net), scales=(1.0, scale), weights=(0, 1)).attribute(image, target=1) for scale in (0.5, 2.0)]
     both = MSEA(Saliency(net), scales=(0.5, 2.0), aggregation=aggregation)
-    # Without 1.0 among the scales the size of the result is that of the scale closest to it.
+    # Without scale 1.0 the result still has the dimensions of the input.
     assert both.attribute(image, target=1).ndim == 4
     stacked = MSEA(Saliency(net), scales=(1.0, 0.5, 2.0), weights=(0, 1, 1), aggregation=aggregation)
     expected = torch.stack(maps).amax(0) if aggregation == "max" else (maps[0] * maps[1]).sqrt()
-    seen = torch.stack([Saliency(net).attribute(image, target=1), *maps]).gt(0).all(0)
+    positive = torch.stack([Saliency(net).attribute(image, target=1), *maps]).gt(0).all(0)
     actual = stacked.attribute(image, target=1)
-    assert torch.allclose(actual[seen], expected[seen], atol=1e-6)
+    assert torch.allclose(actual[positive], expected[positive], atol=1e-6)
 
 
 def test_inner_errors_leave_no_hooks(net: ConvNet, image: Tensor) -> None:
@@ -164,23 +167,23 @@ def test_inner_errors_leave_no_hooks(net: ConvNet, image: Tensor) -> None:
         ({"scales": ()}, "empty"),
         ({"scales": (0.0, 1.0)}, "positive"),
         ({"scales": (float("inf"),)}, "positive"),
-        ({"scales": (1.0, 1.0)}, "different"),
+        ({"scales": (1.0, 1.0)}, "distinct"),
         ({"scales": (1.0, 2.0), "weights": (1.0,)}, "1 weights for 2 scales"),
         ({"scales": (1.0,), "weights": (0.0,)}, "not all zero"),
         ({"aggregation": "median"}, "aggregation"),
     ],
 )
-def test_bad_options(net: ConvNet, options: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+def test_options_out_of_range_are_refused(net: ConvNet, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(InvalidOptionError, match=message):
         MSEA(Saliency(net), **options)
 
 
-def test_bad_calls(net: ConvNet, image: Tensor) -> None:
+def test_misuse_is_refused(net: ConvNet, image: Tensor) -> None:
     with pytest.raises(TypeError, match="Captum Attribution"):
         MSEA(net)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="such as Resize"):
         MSEA(Saliency(torch.nn.Identity()), pyramid="resize")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="completeness"):
+    with pytest.raises(InvalidOptionError, match="completeness"):
         MSEA(IntegratedGradients(net)).attribute(image, target=1, return_convergence_delta=True)
     with pytest.raises(ValueError, match="spatial"):
         MSEA(Saliency(nn.Linear(4, 2))).attribute(torch.rand(2, 4), target=0)
@@ -188,11 +191,20 @@ def test_bad_calls(net: ConvNet, image: Tensor) -> None:
         MSEA(Saliency(net)).attribute_future()
 
 
+def test_results_that_are_not_tensors_are_refused(net: ConvNet, image: Tensor) -> None:
+    class Named(Saliency):
+        def attribute(self, *args: Any, **kwargs: Any) -> Any:
+            return super().attribute(*args, **kwargs), "a name"
+
+    with pytest.raises(InvalidInputError, match=r"Named returned \['Tensor', 'str'\]"):
+        MSEA(Named(net)).attribute(image, target=1)
+
+
 # ------------------------------------------------------------------------------------------------ Captum's contract
 
 
 def by_hand(method: Any, image: Tensor, scale: float = 0.5, **kwargs: Any) -> Tensor:
-    """MSEA of a gradient-like method at two scales, as a loop."""
+    """Aggregate a gradient-like method over two scales without MSEA."""
     mode = {3: "linear", 4: "bilinear", 5: "trilinear"}[image.ndim]
     sides = [round(side * scale) for side in image.shape[2:]]
     small = F.interpolate(image, size=sides, mode=mode, antialias=image.ndim == 4)
@@ -223,7 +235,7 @@ def test_targets_of_several_dimensions(net: ConvNet, image: Tensor, target: Any)
     assert torch.allclose(actual, by_hand(inner, image, target=target), atol=1e-7)
 
 
-def test_each_example_is_explained_on_its_own(net: ConvNet, image: Tensor) -> None:
+def test_each_example_is_attributed_on_its_own(net: ConvNet, image: Tensor) -> None:
     msea = MSEA(IntegratedGradients(net), scales=(0.5, 1.0))
     together = msea.attribute(image, target=1, n_steps=3)
     alone = [msea.attribute(row[None], target=1, n_steps=3) for row in image]
@@ -271,12 +283,12 @@ def test_layers_without_spatial_dimensions_are_aggregated_as_they_are(net: ConvN
     actual = MSEA(LayerActivation(net, net.head), scales=(0.5, 1.0)).attribute(image)
     assert torch.allclose(actual, expected, atol=1e-6)
     tokens = nn.Sequential(nn.Flatten(1), nn.AdaptiveAvgPool1d(4))
-    with pytest.raises(ValueError, match="cannot be aligned"):
+    with pytest.raises(InvalidInputError, match="differs in more than spatial"):
         MSEA(LayerActivation(tokens, tokens[0]), scales=(0.5, 1.0)).attribute(image)
 
 
 FAILURES = [RuntimeError, KeyboardInterrupt]
-BORROWERS: list[tuple[Any, dict[str, Any]]] = [
+STATEFUL: list[tuple[Any, dict[str, Any]]] = [
     (lambda net: Saliency(net), {}),
     (lambda net: IntegratedGradients(net), {"n_steps": 2}),
     (lambda net: DeepLift(net), {}),
@@ -292,7 +304,7 @@ BORROWERS: list[tuple[Any, dict[str, Any]]] = [
 
 
 class Fails(nn.Module):
-    """Of layers that LRP has rules for; fails at the end of its forward pass."""
+    """A net of layers that LRP has rules for, which may fail at the end of its forward pass."""
 
     def __init__(self, failure: Any) -> None:
         super().__init__()
@@ -306,7 +318,7 @@ class Fails(nn.Module):
         return x
 
 
-def hooks_of(net: nn.Module) -> list[int]:
+def count_hooks(net: nn.Module) -> list[int]:
     return [
         len(hooks)
         for m in net.modules()
@@ -316,8 +328,10 @@ def hooks_of(net: nn.Module) -> list[int]:
 
 @pytest.mark.parametrize("failure", [None, *FAILURES])
 @pytest.mark.parametrize("requires_grad", [False, True])
-@pytest.mark.parametrize(("make", "kwargs"), BORROWERS, ids=lambda v: v.__code__.co_names[0] if callable(v) else "")
-def test_what_was_borrowed_comes_back(make: Any, kwargs: dict[str, Any], requires_grad: bool, failure: Any) -> None:
+@pytest.mark.parametrize(("make", "kwargs"), STATEFUL, ids=lambda v: v.__code__.co_names[0] if callable(v) else "")
+def test_hooks_modes_and_gradients_are_restored(
+    make: Any, kwargs: dict[str, Any], requires_grad: bool, failure: Any
+) -> None:
     net = Fails(failure).train()
     net.relu.eval()
     image = torch.rand(2, 3, 8, 8, requires_grad=requires_grad)
@@ -325,14 +339,14 @@ def test_what_was_borrowed_comes_back(make: Any, kwargs: dict[str, Any], require
     if "neuron_selector" not in kwargs:
         kwargs = {**kwargs, "target": 1}
     for scales in ((1.0,), (0.5, 1.0, 1.5)):
-        before = (hooks_of(net), [m.training for m in net.modules()])
+        before = (count_hooks(net), [m.training for m in net.modules()])
         msea = MSEA(make(net), scales=scales)
         if failure is None:
             msea.attribute(image, **kwargs)
         else:
             with pytest.raises(failure, match="stop"):
                 msea.attribute(image, **kwargs)
-        assert (hooks_of(net), [m.training for m in net.modules()]) == before
+        assert (count_hooks(net), [m.training for m in net.modules()]) == before
         assert image.requires_grad == requires_grad and bool((image.grad == 7).all())
         assert all(p.requires_grad and p.grad is None for p in net.parameters())
 
@@ -361,7 +375,7 @@ def test_msea_in_msea_multiplies_scales(image: Tensor) -> None:
 def test_infidelity_of_a_linear_model_is_zero() -> None:
     linear = nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, 2)).double()
     image = torch.rand(2, 3, 8, 8, dtype=torch.float64)
-    # With LowPass at scale 1 twice the attribution is exact; a low-passed one is not.
+    # LowPass leaves scales of 1 and above unchanged, so the attribution is exact; below 1 it is not.
     exact = MSEA(InputXGradient(linear), scales=(1.0, 2.0), pyramid=LowPass())
     lossy = MSEA(InputXGradient(linear), scales=(0.25, 1.0), pyramid=LowPass())
 
@@ -369,12 +383,12 @@ def test_infidelity_of_a_linear_model_is_zero() -> None:
         kept = (torch.rand_like(inputs) > 0.3).to(inputs)
         return 1 - kept, inputs * kept
 
-    def measured(msea: MSEA) -> Tensor:
+    def infidelity_of(msea: MSEA) -> Tensor:
         torch.manual_seed(0)
         attributions = msea.attribute(image, target=1)
         return infidelity(linear, perturb, image, attributions, target=1, n_perturb_samples=20)
 
-    assert measured(exact).max() < 1e-20 < 1e-8 < measured(lossy).min()
+    assert infidelity_of(exact).max() < 1e-20 < 1e-8 < infidelity_of(lossy).min()
 
 
 def test_sensitivity_is_the_largest_relative_change(net: ConvNet, image: Tensor) -> None:
@@ -388,8 +402,8 @@ def test_sensitivity_is_the_largest_relative_change(net: ConvNet, image: Tensor)
 def test_visualize_image_attr_shows_it(net: ConvNet, image: Tensor) -> None:
     heat = MSEA(Saliency(net), scales=(0.5, 1.0)).attribute(image, target=1)[0].permute(1, 2, 0)
     figure, axes = visualization.visualize_image_attr(heat.numpy(), sign="positive", use_pyplot=False)
-    shown = axes.images[-1].get_array()
+    drawn = axes.images[-1].get_array()
     summed = heat.sum(2)
     top = summed.flatten().sort().values
-    scale = top[(top.cumsum(0) >= top.sum() * 0.98).nonzero()[0, 0]]  # Captum leaves out 2 % as outliers.
-    assert np.allclose(shown, (summed / scale).clamp(0, 1), atol=1e-5) and figure is not None
+    scale = top[(top.cumsum(0) >= top.sum() * 0.98).nonzero()[0, 0]]  # Captum clips 2 % as outliers.
+    assert np.allclose(drawn, (summed / scale).clamp(0, 1), atol=1e-5) and figure is not None

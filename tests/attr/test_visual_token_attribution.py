@@ -1,3 +1,5 @@
+"""Maps over the image from layer methods, alone and inside MSEA, ARC and NoiseTunnel."""
+
 from __future__ import annotations
 
 from functools import cache
@@ -28,6 +30,7 @@ from captum_intramodal import (
     explain,
 )
 from captum_intramodal.attr.hidden_states import attribute_positions
+from captum_intramodal.errors import InvalidInputError
 from tests.testing.tiny import tiny
 
 
@@ -40,14 +43,14 @@ def targets_of(forward: PixelForward) -> list[tuple[int, int]]:
     return list(enumerate(forward.answer_ids))
 
 
-def sequence(forward: PixelForward, image: Tensor) -> Tensor:
+def sequence_ids(forward: PixelForward, image: Tensor) -> Tensor:
     ids: Tensor = forward.inputs(image[0])["input_ids"][0]
     return ids
 
 
 def test_a_raster_is_interpolated_between_its_centers() -> None:
     forward, image = pixel_forward("llava"), torch.rand(1, 3, 112, 112)
-    ids = sequence(forward, image)
+    ids = sequence_ids(forward, image)
     visual = forward.adapter.visual_positions(ids)
     grid, values = torch.rand(2, 8, 8), torch.full((2, len(ids)), 9.0)
     values[:, visual] = grid.flatten(1)
@@ -57,9 +60,9 @@ def test_a_raster_is_interpolated_between_its_centers() -> None:
 
 
 @pytest.mark.parametrize("model_type", ["qwen2_vl", "llava", "smolvlm"])
-def test_a_token_is_drawn_where_it_looks(model_type: str) -> None:
+def test_a_token_is_drawn_over_the_region_it_covers(model_type: str) -> None:
     forward, image = pixel_forward(model_type), torch.rand(1, 3, 120, 160)
-    ids = sequence(forward, image)
+    ids = sequence_ids(forward, image)
     visual, geometry = forward.adapter.visual_positions(ids), forward.adapter.geometry([(160, 120)])
     local = geometry.is_local.nonzero()[::5, 0]
     values = torch.zeros(len(local), len(ids))
@@ -90,7 +93,7 @@ def test_pixels_of_integral_methods_sum_to_visual_tokens(model_type: str, size: 
     method = LayerIntegratedGradients(forward, forward.adapter.lens.layers[0])
     options: dict[str, Any] = {"target": targets_of(forward)[1], "n_steps": 2}
     values = attribute_positions(method, image, "sum", **options)
-    visual = forward.adapter.visual_positions(sequence(forward, image))
+    visual = forward.adapter.visual_positions(sequence_ids(forward, image))
     total = VisualTokenAttribution(method).attribute(image, **options).sum()
     assert abs(total - values[0, visual].sum()) < 0.03 * values[0, visual].abs().sum()
 
@@ -102,20 +105,20 @@ def test_methods_that_do_not_multiply_keep_their_values() -> None:
     assert maps.shape == (2, 1, 112, 112) and not maps.requires_grad
     for one, single in zip(maps, image.split(1), strict=True):
         values = attribute_positions(method, single, "sum", target=targets_of(forward)[1])
-        (drawn,) = draw_positions(values, forward.adapter, sequence(forward, image), [(112, 112)])
+        (drawn,) = draw_positions(values, forward.adapter, sequence_ids(forward, image), [(112, 112)])
         assert torch.allclose(one, drawn, atol=1e-6)
 
 
-def test_the_logit_lens_over_the_picture_is_explains() -> None:
+def test_the_logit_lens_over_the_image_matches_explain() -> None:
     forward = pixel_forward("qwen2_vl")
     image = Image.effect_mandelbrot((140, 112), (-2, -1.5, 1, 1.5), 40).convert("RGB")
-    picture = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None] / 255
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None] / 255
     adapter = forward.adapter
     method = VisualTokenAttribution(LayerLogitLens(forward, adapter.lens.layers[-1]))
     options: dict[str, Any] = {"answer": forward.answer_ids, "scales": (1.0,)}
     plain = explain(adapter.model, adapter.processor, image, "describe the picture", arc=None, **options)
     for (index, token), heat in zip(targets_of(forward), map(plain.heatmap, range(3)), strict=True):
-        ours = method.attribute(picture, target=(index, token))[0, 0].numpy()
+        ours = method.attribute(pixels, target=(index, token))[0, 0].numpy()
         assert np.corrcoef(ours.ravel(), np.asarray(heat).ravel())[0, 1] > 0.99
 
 
@@ -141,7 +144,7 @@ def test_msea_around_arc_around_a_layer() -> None:
     actual = MSEA(arc, scales=(1.0, 1.5)).attribute(image, target=targets_of(forward)[2])
     at_one = arc.attribute_all(image)[2:]
     above = arc.attribute_all(F.interpolate(image, size=(126, 168), mode="bilinear"))[2:]
-    # A method that multiplies by inputs: the sum is kept on the way back.
+    # The method multiplies by inputs, so the way back preserves the sum.
     back = 1.5**2 * F.interpolate(above, size=(84, 112), mode="bilinear", antialias=True)
     assert torch.allclose(actual, (at_one + back) / 2, atol=1e-6)
 
@@ -149,7 +152,7 @@ def test_msea_around_arc_around_a_layer() -> None:
 def test_msea_around_positions_is_refused() -> None:
     forward, image = pixel_forward("qwen2_vl"), torch.rand(1, 3, 84, 112)
     arc = ARC(LayerGradientXActivation(forward, forward.adapter.lens.layers[1]))
-    with pytest.raises(ValueError, match="cannot be aligned"):
+    with pytest.raises(InvalidInputError, match="differs in more than spatial"):
         MSEA(arc, scales=(1.0, 1.5)).attribute(image, target=targets_of(forward)[1])
 
 
@@ -169,19 +172,21 @@ def test_tuple_in_tuple_out() -> None:
     assert isinstance(method.attribute((image,), target=targets_of(forward)[0]), tuple)
 
 
-def test_misuse() -> None:
+def test_misuse_is_refused() -> None:
     forward, image = pixel_forward("llava"), torch.rand(1, 3, 64, 96)
-    adapter, ids = forward.adapter, sequence(forward, image)
+    adapter, ids = forward.adapter, sequence_ids(forward, image)
     with pytest.raises(TypeError, match="LayerAttribution"):
         VisualTokenAttribution(Saliency(forward))
     with pytest.raises(TypeError, match="PixelForward"):
         VisualTokenAttribution(LayerGradCam(net := nn.Linear(2, 2), net))
     projector = adapter.model.get_submodule("model.multi_modal_projector")
-    with pytest.raises(ValueError, match="module of the decoder"):
+    with pytest.raises(InvalidInputError, match="module of the decoder"):
         VisualTokenAttribution(LayerGradientXActivation(forward, projector)).attribute(image, target=(0, 5))
-    with pytest.raises(ValueError, match="3 values for a sequence"):
+    with pytest.raises(InvalidInputError, match="a tuple of 2 tensors"):
+        VisualTokenAttribution(LayerGradCam(forward, adapter.lens.layers[1])).attribute((image, image))
+    with pytest.raises(InvalidInputError, match="3 values for a sequence"):
         draw_positions(torch.rand(1, 3), adapter, ids, [(96, 64)])
-    with pytest.raises(ValueError, match="visual tokens, but images"):
+    with pytest.raises(InvalidInputError, match="visual tokens, but images"):
         draw_positions(torch.rand(1, len(ids)), adapter, ids, [(96, 64), (96, 64)])
     with pytest.raises(NotImplementedError):
         VisualTokenAttribution(LayerGradCam(forward, adapter.lens.layers[1])).attribute_future()

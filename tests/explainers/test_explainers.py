@@ -330,7 +330,7 @@ def test_arc_around_another_explainer_by_hand() -> None:
     [
         ("lens", "There is no explainer 'lens'. There are logit_lens, msea"),
         ("arc+msea+tam", "no explainer"),
-        ("tam:filtre=false", "options filtre that do not exist; there are filter, layer"),
+        ("tam:filtre=false", "no option filtre; its options are filter, layer"),
         ("tam:filter", "name=value"),
         ("msea:scales=[1,-2]", "-2"),
         ("msea+arc:k=0", "k"),

@@ -35,7 +35,7 @@ def test_decisions_are_those_of_the_model_on_the_resized_image(qwen: tuple[Any, 
     model, processor = qwen
     shown, ids = random_image(), reading.text.ids[-7:]
     assert reading.decisions is not None and list(reading.decisions) == list(SCALES)
-    for level, decision in zip(reading.levels, reading.decisions.values(), strict=True):
+    for level, decision in zip(reading.scale_maps, reading.decisions.values(), strict=True):
         text = processor.apply_chat_template(
             [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": PROMPT}]}],
             add_generation_prompt=True,
@@ -61,8 +61,8 @@ def test_scales_of_another_decision_by_a_slow_loop(
 ) -> None:
     decisions = reading.decisions
     assert decisions is not None
-    grid = max((level.grid(0, (200, 136)) for level in reading.levels), key=lambda g: g[0] * g[1])
-    drawn = [level.draw(0, (200, 136), grid) for level in reading.levels]
+    grid = max((level.grid(0, (200, 136)) for level in reading.scale_maps), key=lambda g: g[0] * g[1])
+    drawn = [level.rasterize(0, (200, 136), grid) for level in reading.scale_maps]
     (maps,) = reading.maps(torch.tensor([0.2, 0.3, 0.5]), aggregation, changed)
     (kept,) = reading.maps(torch.tensor([0.2, 0.3, 0.5]), aggregation)
     prompt = len(reading.text.ids) - 7
@@ -91,8 +91,8 @@ def test_where_no_scale_is_left_all_count(reading: Activations) -> None:
     assert reading.decisions is not None
     others = {s: d._replace(likeliest=d.likeliest + (s > 1)) for s, d in reading.decisions.items()}
     others = {s: d if s > 1 else d._replace(likeliest=reading.decisions[1.5].likeliest) for s, d in others.items()}
-    without = replace(reading, levels=reading.levels[1:2], decisions=others)
-    pair = replace(without, levels=[reading.levels[1]] * 2)
+    without = replace(reading, scale_maps=reading.scale_maps[1:2], decisions=others)
+    pair = replace(without, scale_maps=[reading.scale_maps[1]] * 2)
     (maps,) = pair.maps(torch.tensor([0.5, 0.5]), "mean", "drop")
     (kept,) = without.maps(torch.tensor([1.0]))
     assert torch.allclose(maps, kept, atol=1e-6)
@@ -101,7 +101,7 @@ def test_where_no_scale_is_left_all_count(reading: Activations) -> None:
 def test_explain_and_explainers_take_the_option(qwen: tuple[Any, Any], reading: Activations) -> None:
     result = explain(*qwen, random_image(), PROMPT, ANSWER, scales=SCALES, arc=None, changed_decisions="drop")
     (expected,) = reading.maps(torch.full((3,), 1 / 3), "mean", "drop")
-    assert torch.allclose(result.maps[0], expected[reading.text.shown], atol=1e-6)
+    assert torch.allclose(result.maps[0], expected[reading.text.displayed], atol=1e-6)
     assert result.settings["changed_decisions"] == "drop"
     adapter = ModelAdapter(*qwen)
     spec = "msea:scales=[1,1.5,2],changed_decisions=drop"

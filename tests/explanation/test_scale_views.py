@@ -10,13 +10,15 @@ from torch import Tensor
 
 from captum_intramodal import ModelAdapter, explain
 from captum_intramodal.adapter.gradients import input_x_gradient
-from captum_intramodal.adapter.position_interpolation import ResizedInputView
+from captum_intramodal.adapter.position_interpolation import ResizedInputAdapter
+from captum_intramodal.errors import NoTokenGeometryError
 from captum_intramodal.explanation.activations import collect_answer_activations
 from captum_intramodal.explanation.scale_views import select_views
 from captum_intramodal.geometry.oracle import geometry_oracle
 from captum_intramodal.geometry.pixel_map import PixelMaps
 from captum_intramodal.geometry.token_geometry import TokenGeometry
-from captum_intramodal.models.hooks import interpolated_positions, position_tables
+from captum_intramodal.models.decoder import position_embedding_modules
+from captum_intramodal.models.hooks import interpolate_position_embeddings
 from tests.testing.families import build
 from tests.testing.tiny import random_image, tiny
 
@@ -92,7 +94,7 @@ def test_enlargements_that_become_the_same_pixels_are_dropped() -> None:
 @pytest.mark.parametrize(
     ("model_type", "size", "scales"),
     [
-        # Native resolution sees more of enlarged images, up to its largest grid of 160 tokens.
+        # Native resolution processes more of enlarged images, up to its largest grid of 160 tokens.
         ("qwen2_vl", (160, 120), [1.0, 1.5, 2.0]),
         ("qwen2_vl", (300, 200), [0.75, 1.0, 1.5]),
         ("qwen2_vl", (640, 400), [0.5, 1.0]),
@@ -101,14 +103,15 @@ def test_enlargements_that_become_the_same_pixels_are_dropped() -> None:
         ("smolvlm", (160, 120), [1.0]),
     ],
 )
-def test_auto_takes_levels_with_a_grid_of_their_own(
+def test_auto_selects_scales_with_a_grid_of_their_own(
     model_type: str, size: tuple[int, int], scales: list[float]
 ) -> None:
     adapter = ModelAdapter(*tiny(model_type))
     images = [random_image(*size)]
     kept, dropped = select_views(adapter, images, "auto", adapter.prepare(images, "a"))
     assert list(kept) == scales and dropped == []
-    grids = [len(sight.kinds) for sight in kept.values()]
+    grids = [len(view.layout.kinds) for view in kept.values() if isinstance(view.layout, TokenGeometry)]
+    assert len(grids) == len(scales)
     assert len(set(grids)) == len(grids)
 
 
@@ -122,10 +125,10 @@ def test_crops_show_parts_of_the_image_larger() -> None:
     assert level["visual_tokens"] == 4 * 64 and level["token_size"] == pytest.approx([7.5, 7.5], abs=0.05)
     # Each cut-out is read as an image of its own, and its boxes lie where it was cut.
     adapter = ModelAdapter(model, processor)
-    (cut,) = collect_answer_activations(adapter, [whole], *arguments, (2.0,), crops=True).levels
+    (cut,) = collect_answer_activations(adapter, [whole], *arguments, (2.0,), crops=True).scale_maps
     for index, (x, y) in enumerate([(0, 0), (60, 0), (0, 60), (60, 60)]):
         part = whole.crop((x, y, x + 60, y + 60))
-        (alone,) = collect_answer_activations(adapter, [part], *arguments, (1.0,)).levels
+        (alone,) = collect_answer_activations(adapter, [part], *arguments, (1.0,)).scale_maps
         own = slice(64 * index, 64 * index + 64)
         torch.testing.assert_close(cut.activation[:, own], alone.activation, atol=1e-5, rtol=1e-4)
         assert torch.equal(cut.geometry.boxes[own], alone.geometry.boxes + torch.tensor([x, y, x, y]))
@@ -159,12 +162,12 @@ def test_a_larger_input_size_shows_the_whole_image_in_more_tokens(model_type: st
     assert list(kept) == [1.0, 1.5, 2.0] and dropped == []
     for scale, tokens in ((1.5, 12), (2.0, 16)):
         larger = kept[scale]
-        assert isinstance(larger, ResizedInputView) and isinstance(larger.sight, TokenGeometry)
-        assert len(larger.sight.kinds) == tokens**2
-        assert larger.sight.token_size == pytest.approx((120 / tokens,) * 2, abs=0.1)
-        with interpolated_positions(model):
+        assert isinstance(larger.adapter, ResizedInputAdapter) and isinstance(larger.layout, TokenGeometry)
+        assert len(larger.layout.kinds) == tokens**2
+        assert larger.layout.token_size == pytest.approx((120 / tokens,) * 2, abs=0.1)
+        with interpolate_position_embeddings(model):
             prepare = partial(larger.adapter.prepare, prompt="describe")
-            assert geometry_oracle(model, prepare, [whole], larger.sight, blocks=12) == 1.0
+            assert geometry_oracle(model, prepare, [whole], larger.layout, blocks=12) == 1.0
     arguments = (model, processor, whole, "describe the picture", "a red dog")
     result = explain(*arguments, scales=(1.0, 2.0), interpolate_pos_encoding=True)
     first, second = result.settings["levels"]
@@ -172,15 +175,15 @@ def test_a_larger_input_size_shows_the_whole_image_in_more_tokens(model_type: st
     assert second["token_size"] == pytest.approx([7.5, 7.5], abs=0.1)
     # Model and processor are as they were.
     assert dict(processor.image_processor.size) == size
-    assert not any(table._forward_pre_hooks for table in position_tables(model))
+    assert not any(table._forward_pre_hooks for table in position_embedding_modules(model))
     torch.testing.assert_close(adapter.run(inputs).logits, adapter.run(adapter.prepare([whole], "describe")).logits)
 
 
 def test_positions_are_those_that_transformers_interpolates() -> None:
     model, _ = tiny("llava")
-    (table,) = position_tables(model)
+    (table,) = position_embedding_modules(model)
     pixels = torch.randn(1, 3, 168, 168)
-    with interpolated_positions(model):
+    with interpolate_position_embeddings(model):
         ours = table(pixels)
     assert torch.equal(ours, table(pixels, interpolate_pos_encoding=True))
     with pytest.raises(ValueError, match="doesn't match model"):
@@ -193,17 +196,17 @@ def test_a_larger_input_size_for_maps_over_the_pixels() -> None:
     arguments = ([whole], (1.0, 2.0), adapter.prepare([whole], "describe"))
     by: Any = {"method": "input_x_gradient", "interpolate_pos_encoding": True}
     larger = select_views(adapter, *arguments, **by)[0][2.0]
-    assert isinstance(larger, ResizedInputView) and isinstance(larger.sight, PixelMaps)
-    assert larger.sight.maps["pixel_values"].shape == (1, 3, 256, 256)
-    both = collect_answer_activations(adapter, [whole], "describe", "a dog", (1.0, 2.0), **by).levels
+    assert isinstance(larger.adapter, ResizedInputAdapter) and isinstance(larger.layout, PixelMaps)
+    assert larger.layout.maps["pixel_values"].shape == (1, 3, 256, 256)
+    both = collect_answer_activations(adapter, [whole], "describe", "a dog", (1.0, 2.0), **by).scale_maps
     assert [level.scale for level in both] == [1.0, 2.0]
-    assert not torch.equal(*(level.draw(0, whole.size, (18, 24)) for level in both))
+    assert not torch.equal(*(level.rasterize(0, whole.size, (18, 24)) for level in both))
 
 
 def test_where_the_input_size_cannot_be_enlarged() -> None:
     whole = random_image(160, 120)
-    for model_type, reason in (("smolvlm", "no part of it has interpolate_pos_encoding"), ("gemma3", "invalid for")):
-        with pytest.raises(ValueError, match=rf"cannot see images at 1.5 times its input size: .*{reason}.*crops=True"):
+    for model_type, reason in (("smolvlm", "has interpolate_pos_encoding"), ("gemma3", "fails at that size")):
+        with pytest.raises(ValueError, match=rf"1.5 times its input size: .*{reason}.*crops=True"):
             explain(*build(model_type), whole, "describe", "a dog", scales=(1.0, 1.5), interpolate_pos_encoding=True)
     model, processor = tiny("llava")
     with pytest.raises(ValueError, match="choose one"):
@@ -226,11 +229,11 @@ def test_errors(monkeypatch: pytest.MonkeyPatch) -> None:
         explain(*arguments, scale_weights=(1, 2))
 
     def none(self: ModelAdapter, sizes: Any) -> Any:
-        raise ValueError("its tokens have no fixed boxes.")
+        raise NoTokenGeometryError("Its tokens have no fixed boxes.")
 
     monkeypatch.setattr(ModelAdapter, "geometry", none)
     assert explain(*arguments, scales=(1.0,)).settings["method"] == "input_x_gradient"
-    with pytest.raises(ValueError, match=r"no fixed boxes\. method='input_x_gradient'"):
+    with pytest.raises(ValueError, match=r"covers? known regions .* method='input_x_gradient'"):
         explain(*arguments, method="logit_lens")
     projector = model.model.multi_modal_projector
     monkeypatch.setattr(projector, "forward", torch.no_grad()(projector.forward))

@@ -24,7 +24,7 @@ def random_rankings(count: int, k: int, vocabulary: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("normalization", ["truncated", "minimum", "extrapolated"])
 @pytest.mark.parametrize(("p", "k", "vocabulary"), [(0.9, 50, 80), (0.5, 7, 9), (0.99, 20, 500), (0.1, 1, 2)])
-def test_equals_definition(normalization: str, p: float, k: int, vocabulary: int) -> None:
+def test_overlaps_equal_the_definition(normalization: str, p: float, k: int, vocabulary: int) -> None:
     a, b = random_rankings(5, k, vocabulary), random_rankings(4, k, vocabulary)
     pairwise = pairwise_rank_biased_overlap(a, b, p, normalization, working_memory=200)
     assert pairwise.shape == (5, 4)
@@ -43,7 +43,7 @@ def test_published_example() -> None:
     assert same_top.item() - tail == pytest.approx(1 - 0.9**10, abs=1e-6)
 
 
-def test_identities() -> None:
+def test_equal_disjoint_and_reversed_rankings() -> None:
     a = random_rankings(3, 50, 1000)
     assert torch.allclose(rank_biased_overlap(a, a), torch.ones(3))
     assert torch.equal(rank_biased_overlap(a, a + 1000), torch.zeros(3))
@@ -60,12 +60,12 @@ def test_top_weighs_more_than_bottom() -> None:
 
 
 @pytest.mark.parametrize("p", [0.0, 1.0, -0.1, 1.5, float("nan")])
-def test_bad_p(p: float) -> None:
+def test_p_must_lie_between_0_and_1(p: float) -> None:
     with pytest.raises(ValueError, match="between 0 and 1"):
         rank_biased_overlap(torch.arange(3), torch.arange(3), p)
 
 
-def test_bad_shapes() -> None:
+def test_errors_of_shapes_and_options() -> None:
     with pytest.raises(ValueError, match="same length"):
         rank_biased_overlap(torch.arange(3), torch.arange(4))
     with pytest.raises(ValueError, match="at least 1"):

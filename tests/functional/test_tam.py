@@ -11,7 +11,9 @@ from captum_intramodal.functional import tam
 from captum_intramodal.functional.tam import estimated_causal_inference, rank_gaussian_filter, token_activation_map
 
 
-def answer(tokens: int, cells: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor]:
+def random_answer(
+    tokens: int, cells: int, seed: int = 0, dtype: torch.dtype = torch.float64
+) -> tuple[Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     maps = torch.randn(tokens, cells, generator=generator, dtype=dtype).clamp_min(0)
     activation = torch.randn(tokens, tokens, generator=generator, dtype=dtype).clamp_min(0)
@@ -19,9 +21,10 @@ def answer(tokens: int, cells: int, seed: int = 0, dtype: torch.dtype = torch.fl
     return maps, activation, words[:, None] == words
 
 
-def slow_causal_inference(
+def literal_causal_inference(
     maps: list[list[float]], activation: list[list[float]], same: list[list[bool]], least_squares: bool
 ) -> list[list[float]]:
+    """The definition, with loops."""
     result = []
     for t in range(len(maps)):
         cells = range(len(maps[t]))
@@ -45,7 +48,8 @@ def slow_causal_inference(
     return result
 
 
-def slow_filter(image: list[list[float]], size: int) -> list[list[float]]:
+def literal_filter(image: list[list[float]], size: int) -> list[list[float]]:
+    """The definition, with loops."""
     height, width, half = len(image), len(image[0]), size // 2
 
     def mirror(position: int, length: int) -> int:
@@ -77,11 +81,11 @@ def slow_filter(image: list[list[float]], size: int) -> list[list[float]]:
 @pytest.mark.parametrize("least_squares", [True, False])
 @pytest.mark.parametrize(("tokens", "cells"), [(1, 4), (2, 1), (7, 12), (20, 35)])
 def test_causal_inference_equals_loops(tokens: int, cells: int, least_squares: bool) -> None:
-    maps, activation, same = answer(tokens, cells)
-    expected = slow_causal_inference(maps.tolist(), activation.tolist(), same.tolist(), least_squares)
+    maps, activation, same = random_answer(tokens, cells)
+    expected = literal_causal_inference(maps.tolist(), activation.tolist(), same.tolist(), least_squares)
     result = estimated_causal_inference(maps, activation, same, least_squares)
     torch.testing.assert_close(result, torch.tensor(expected, dtype=torch.float64))
-    # A token is never its own context, whatever the diagonal says.
+    # A token is never its own context, whatever the diagonal is.
     unset = same & ~torch.eye(tokens, dtype=torch.bool)
     assert torch.equal(estimated_causal_inference(maps, activation, unset, least_squares), result)
 
@@ -99,8 +103,8 @@ def test_causal_inference_by_hand() -> None:
     )
 
 
-def test_scale_is_the_least_squares_one() -> None:
-    maps, activation, _ = answer(6, 30)
+def test_the_scale_minimizes_the_squared_error() -> None:
+    maps, activation, _ = random_answer(6, 30)
     context = activation[5, :5] @ maps[:5] / activation[5, :5].sum()
     scales = torch.linspace(0, 3, 30001, dtype=torch.float64)
     errors = (maps[5] - scales[:, None] * context).square().sum(1)
@@ -117,7 +121,7 @@ def test_a_map_that_its_context_explains_vanishes() -> None:
 
 
 def test_maps_without_interference_are_unchanged() -> None:
-    maps, activation, same = answer(5, 8)
+    maps, activation, same = random_answer(5, 8)
     everything = torch.ones(5, 5, dtype=torch.bool)
     assert torch.equal(estimated_causal_inference(maps, activation, everything), maps)
     assert torch.equal(estimated_causal_inference(maps, torch.zeros(5, 5), same), maps)
@@ -127,8 +131,8 @@ def test_maps_without_interference_are_unchanged() -> None:
     assert estimated_causal_inference(maps[:0], activation[:0, :0], same[:0, :0]).shape == (0, 8)
 
 
-def test_only_different_earlier_tokens_count() -> None:
-    maps, activation, same = answer(8, 10)
+def test_only_earlier_tokens_with_another_string_count() -> None:
+    maps, activation, same = random_answer(8, 10)
     expected = estimated_causal_inference(maps, activation, same)
     noisy = activation.clone()
     noisy[torch.ones(8, 8, dtype=torch.bool).triu()] = math.nan
@@ -139,8 +143,8 @@ def test_only_different_earlier_tokens_count() -> None:
     assert torch.equal(estimated_causal_inference(later, activation, same)[:5], expected[:5])
 
 
-def test_causal_inference_scales() -> None:
-    maps, activation, same = answer(9, 16)
+def test_causal_inference_is_equivariant_to_scaling() -> None:
+    maps, activation, same = random_answer(9, 16)
     expected = estimated_causal_inference(maps, activation, same)
     torch.testing.assert_close(estimated_causal_inference(maps * 37, activation, same), expected * 37)
     rows = torch.rand(9, 1, dtype=torch.float64) + 0.5
@@ -151,7 +155,7 @@ def test_causal_inference_scales() -> None:
 @pytest.mark.parametrize(("height", "width"), [(1, 1), (1, 5), (4, 1), (2, 2), (2, 7), (3, 3), (7, 4), (9, 12)])
 def test_filter_equals_loops(height: int, width: int, size: int) -> None:
     maps = torch.randn(2, height, width, generator=torch.Generator().manual_seed(1), dtype=torch.float64).clamp_min(0)
-    expected = torch.tensor([slow_filter(image, size) for image in maps.tolist()], dtype=torch.float64)
+    expected = torch.tensor([literal_filter(image, size) for image in maps.tolist()], dtype=torch.float64)
     torch.testing.assert_close(rank_gaussian_filter(maps, size), expected)
     single = rank_gaussian_filter(maps.float(), size)
     assert single.dtype == torch.float32
@@ -159,7 +163,7 @@ def test_filter_equals_loops(height: int, width: int, size: int) -> None:
 
 
 def test_filter_by_hand() -> None:
-    # Every window of the one row is its three values three times: 0 0 0 3 3 3 6 6 6 in the middle.
+    # Reflected, each window of the single row holds its three values three times: 0 0 0 3 3 3 6 6 6 in the middle.
     row = torch.tensor([[0.0, 3.0, 6.0]], dtype=torch.float64)
     sigma = math.sqrt(6) / 3
     weights = [math.exp(-(d**2) / (2 * sigma**2)) for d in range(-4, 5)]
@@ -169,9 +173,9 @@ def test_filter_by_hand() -> None:
 
 
 @pytest.mark.parametrize(("padding", "length"), [(1, 1), (1, 2), (2, 2), (3, 2), (2, 3), (5, 3), (3, 10)])
-def test_reflection_is_that_of_numpy(padding: int, length: int) -> None:
+def test_reflection_equals_numpy_pad(padding: int, length: int) -> None:
     expected = np.pad(np.arange(length), padding, mode="reflect")
-    assert tam._reflected(length, padding, torch.device("cpu")).tolist() == expected.tolist()
+    assert tam._reflected_indices(length, padding, torch.device("cpu")).tolist() == expected.tolist()
 
 
 @pytest.mark.parametrize("value", [0.0, 1e-30, 0.1, 1 / 3, 5.0, 1e30])
@@ -187,7 +191,7 @@ def test_constant_windows_keep_their_value(value: float, dtype: torch.dtype) -> 
     assert torch.equal(result[:, [0, 1, 4, 5]], edge[:, [0, 1, 4, 5]])
 
 
-def test_filter_properties() -> None:
+def test_filter_commutes_with_scaling_transposition_and_flips() -> None:
     maps = torch.rand(2, 3, 8, 6, generator=torch.Generator().manual_seed(2))
     result = rank_gaussian_filter(maps)
     torch.testing.assert_close(rank_gaussian_filter(maps * 1e-25), result * 1e-25, atol=0, rtol=1e-4)
@@ -199,7 +203,7 @@ def test_filter_properties() -> None:
     assert rank_gaussian_filter(maps[:0]).shape == (0, 3, 8, 6)
 
 
-def test_filter_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_filter_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     maps = torch.rand(7, 4, 5)
     expected = rank_gaussian_filter(maps)
     for limit in (1, 2 * 4 * 5 * 9):
@@ -207,10 +211,10 @@ def test_filter_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
         assert torch.equal(rank_gaussian_filter(maps), expected)
 
 
-def test_composition() -> None:
-    maps, activation, same = answer(6, 20)
+def test_the_two_steps_are_composed() -> None:
+    maps, activation, same = random_answer(6, 20)
     corrected = estimated_causal_inference(maps, activation, same)
-    expected = torch.tensor([slow_filter(image, 3) for image in corrected.reshape(6, 4, 5).tolist()])
+    expected = torch.tensor([literal_filter(image, 3) for image in corrected.reshape(6, 4, 5).tolist()])
     result = token_activation_map(maps, activation, same, (4, 5))
     torch.testing.assert_close(result, expected.double().flatten(1), check_dtype=False)
     torch.testing.assert_close(
@@ -223,7 +227,7 @@ def test_composition() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_is_accumulated_in_float32(dtype: torch.dtype) -> None:
-    maps, activation, same = answer(40, 30)
+    maps, activation, same = random_answer(40, 30)
     maps, activation = maps.to(dtype), activation.to(dtype)
     result = token_activation_map(maps, activation, same, (5, 6))
     assert result.dtype == dtype
@@ -231,7 +235,7 @@ def test_half_precision_is_accumulated_in_float32(dtype: torch.dtype) -> None:
 
 
 def test_causal_inference_errors() -> None:
-    maps, activation, same = answer(3, 4)
+    maps, activation, same = random_answer(3, 4)
     with pytest.raises(ValueError, match=r"maps must be T x V.*\(3, 2, 2\)"):
         estimated_causal_inference(maps.reshape(3, 2, 2), activation, same)
     with pytest.raises(ValueError, match=r"text_activation must be 3 x 3.*\(2, 3\)"):
@@ -261,8 +265,8 @@ def test_filter_errors() -> None:
         rank_gaussian_filter(maps.index_put((torch.tensor(0), torch.tensor(0)), torch.tensor(math.nan)))
 
 
-def test_composition_errors() -> None:
-    maps, activation, same = answer(3, 6)
+def test_grid_errors() -> None:
+    maps, activation, same = random_answer(3, 6)
     with pytest.raises(ValueError, match="grid of the 6 visual tokens"):
         token_activation_map(maps, activation, same)
     with pytest.raises(ValueError, match=r"grid \(2, 2\) has 4 cells, but the maps have 6"):

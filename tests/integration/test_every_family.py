@@ -15,7 +15,7 @@ from captum_intramodal import (
     check,
     explain,
 )
-from captum_intramodal.adapter.prefix_cache import shares_prefix
+from captum_intramodal.adapter.prefix_cache import can_reuse_prefix
 from captum_intramodal.explanation.activations import collect_answer_activations
 from captum_intramodal.geometry import cache, pixel_probe
 from captum_intramodal.geometry.oracle import geometry_oracle
@@ -90,7 +90,7 @@ def test_explain(model_type: str) -> None:
         boxes = bound.geometry([(320, 200)])
         assert boxes.argument == BY_GRADIENTS.get(model_type)
         assert geometry_oracle(model, prepare, [random_image(320, 200)], boxes, blocks=12) >= 0.97
-    assert shares_prefix(ModelAdapter(model, processor)) == (model_type not in READ_APART)
+    assert can_reuse_prefix(ModelAdapter(model, processor)) == (model_type not in READ_APART)
 
 
 @pytest.mark.slow

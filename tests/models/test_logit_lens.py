@@ -15,6 +15,7 @@ from transformers import (
 )
 
 from captum_intramodal import LayerLogitLens, LogitLens
+from captum_intramodal.errors import UnsupportedModelError
 from captum_intramodal.models.hooks import capture_outputs
 from tests.testing.tiny import tiny
 
@@ -51,11 +52,11 @@ def test_last_layer_gives_the_models_own_logits(make: Any) -> None:
     assert torch.allclose(several, logits[..., [5, 96, 0]].clamp_min(0).transpose(1, 2), atol=1e-5)
 
 
-def test_softcapping_and_scaling_are_measured_not_believed() -> None:
+def test_softcapping_and_scaling_are_measured() -> None:
     assert LogitLens(SOFTCAPPED()).cap == 0.05
     assert LogitLens(SCALED()).factor == pytest.approx(1 / 8, rel=1e-4)
     model = PLAIN()
-    model.config.final_logit_softcapping = 30.0  # claimed by the config, not done by the model
+    model.config.final_logit_softcapping = 30.0  # in the config, but not applied by the model
     assert LogitLens(model).cap is None
 
 
@@ -77,7 +78,7 @@ def test_tuple_targets_name_the_token_last(model: Any) -> None:
     assert torch.equal(lens.attribute(IDS, target=[(4, 17), (3, 18)]), lens.attribute(IDS, target=[17, 18]))
 
 
-def test_never_a_tensor_of_positions_by_vocabulary(model: Any) -> None:
+def test_the_head_does_not_run_over_all_positions(model: Any) -> None:
     calls: list[Any] = []
     handle = model.get_output_embeddings().register_forward_hook(lambda *args: calls.append(args))
     lens = LogitLens(model)
@@ -87,7 +88,7 @@ def test_never_a_tensor_of_positions_by_vocabulary(model: Any) -> None:
     assert not calls, "the head ran over all positions"
 
 
-def test_topk_is_the_ranking_of_the_logits(model: Any) -> None:
+def test_topk_ranks_the_logits(model: Any) -> None:
     lens = LogitLens(model)
     hidden = torch.randn(7, lens.hidden_size)
     logits = lens.activation(hidden, torch.arange(lens.vocab_size))
@@ -102,7 +103,7 @@ def test_ties_rank_by_token_id(model: Any) -> None:
     assert torch.equal(ranking, torch.arange(20).expand(2, 20))
 
 
-def test_log_probability(model: Any) -> None:
+def test_log_probability_is_a_log_softmax(model: Any) -> None:
     lens = LogitLens(model)
     hidden, tokens = torch.randn(6, lens.hidden_size), torch.tensor([0, 3, 9, 9, 20, 50])
     logits = lens.activation(hidden, torch.arange(lens.vocab_size))
@@ -128,7 +129,7 @@ def test_wrapped_forward_functions(model: Any) -> None:
         LayerLogitLens(lambda ids: model(input_ids=ids), layer)
 
 
-def test_errors(model: Any) -> None:
+def test_errors_of_targets_layers_and_models(model: Any) -> None:
     layer = model.get_decoder().layers[-1]
     lens = LayerLogitLens(model, layer)
     with pytest.raises(ValueError, match="outside the vocabulary"):
@@ -143,8 +144,8 @@ def test_errors(model: Any) -> None:
         lens.lens.topk(torch.zeros(1, lens.lens.hidden_size), k=0)
 
 
-def curious(kind: str) -> Any:
-    """A model whose logits are not head(norm(h)), in one of several ways."""
+def unusual_model(kind: str) -> Any:
+    """Return a model whose logits are not head(norm(h)), in one of several ways."""
     model = PLAIN()
 
     def change(module: nn.Module, args: Any, output: Tensor) -> Tensor:
@@ -152,18 +153,18 @@ def curious(kind: str) -> Any:
             return output.index_fill(-1, torch.tensor([4, 50]), float("-inf"))
         if kind == "nonlinear":
             return output + 3 * output.square()
-        return output.roll(1, dims=-2)  # "neighbors": of another position
+        return output.roll(1, dims=-2)  # "neighbors": those of another position
 
     model.lm_head.register_forward_hook(change)
     return model
 
 
 @pytest.mark.parametrize("kind", ["masked", "nonlinear"])
-def test_other_logits_are_replayed(kind: str) -> None:
-    model = curious(kind)
+def test_logits_that_are_not_head_of_norm_are_replayed(kind: str) -> None:
+    model = unusual_model(kind)
     lens = LogitLens(model)
     assert lens.tail == "replay" and (lens.hidden_size, lens.vocab_size) == (32, 97)
-    ids = torch.randint(3, 97, (1, 75))  # more than one pass takes
+    ids = torch.randint(3, 97, (1, 75))  # more than fit into one pass
     expected = model(ids).logits[0]
     before = [len(module._forward_hooks) for module in model.modules()]
     with torch.no_grad(), capture_outputs([lens.layers[-1]], lambda h: h[0]) as outputs:
@@ -177,8 +178,8 @@ def test_other_logits_are_replayed(kind: str) -> None:
     assert [len(module._forward_hooks) for module in model.modules()] == before
 
 
-def test_replay_with_a_models_own_inputs() -> None:
-    model = curious("nonlinear")
+def test_replay_with_given_inputs() -> None:
+    model = unusual_model("nonlinear")
     inputs = {"input_ids": torch.tensor([[3, 5, 7, 9, 11]]), "attention_mask": torch.ones(1, 5, dtype=torch.int64)}
     with torch.no_grad():
         captured = model(**inputs, output_hidden_states=True)
@@ -190,12 +191,12 @@ def test_replay_with_a_models_own_inputs() -> None:
     torch.testing.assert_close(lens.activation(hidden, torch.arange(97)), expected, atol=1e-5, rtol=0)
 
 
-def test_a_model_whose_logits_the_lens_cannot_give_is_refused() -> None:
-    with pytest.raises(ValueError, match="lens would be wrong"):
-        LogitLens(curious("neighbors"))
+def test_a_model_whose_logits_depend_on_other_positions_is_refused() -> None:
+    with pytest.raises(UnsupportedModelError, match="lens would be wrong"):
+        LogitLens(unusual_model("neighbors"))
 
 
-def test_hooks_are_given_back(model: Any) -> None:
+def test_hooks_are_removed(model: Any) -> None:
     def count() -> int:
         return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
 
@@ -209,7 +210,7 @@ def test_hooks_are_given_back(model: Any) -> None:
     assert count() == before
 
 
-def test_streamed_ranking_is_torch_topk_of_all_logits() -> None:
+def test_a_streamed_ranking_equals_topk_of_all_logits() -> None:
     lens = LogitLens(PLAIN().bfloat16(), working_memory=3000)
     hidden = torch.randn(9, lens.hidden_size).bfloat16()
     logits = lens.normalize(hidden).float() @ lens.head.weight.float().T
@@ -228,34 +229,7 @@ def test_streamed_ranking_is_torch_topk_of_all_logits() -> None:
     torch.testing.assert_close(actual, logits.log_softmax(1)[tokens, tokens])
 
 
-def test_ties_at_the_end_of_a_ranking_go_to_the_smaller_id(model: Any) -> None:
-    lens = LogitLens(model)
-    logits = torch.tensor([[1.0, 3.0, 2.0, 2.0, 2.0, -0.0, 0.0], [5.0, 1.0, 2.0, 3.0, 4.0, 0.0, 0.0]])
-    lens._product = lambda normed, rows: logits[:, rows]
-    assert lens.vocab_size > 7
-    type_ = type("Seven", (LogitLens,), {"vocab_size": 7})
-    lens.__class__ = type_
-    hidden = torch.zeros(2, lens.hidden_size)
-    for block in (7, 4, 1):
-        assert lens.topk(hidden, 3, block).tolist() == [[1, 2, 3], [0, 4, 3]]
-        assert lens.topk(hidden, 7, block).tolist() == [[1, 2, 3, 4, 0, 5, 6], [0, 4, 3, 2, 1, 5, 6]]
-
-
-@pytest.mark.parametrize("values", [5, 200, None])
-@pytest.mark.parametrize("length", [128 * 24, 128 * 24 + 1, 5000])
-def test_rankings_of_long_rows(model: Any, length: int, values: int | None) -> None:
-    """By way of their parts; of few different values, most are ties."""
-    generator = torch.Generator().manual_seed(length)
-    logits = torch.randn(3, length, generator=generator)
-    if values is not None:
-        logits = torch.randint(values, (3, length), generator=generator).float()
-    logits[0, -1] = logits[1, 128] = 1e3
-    ranked = LogitLens(model).rank_logits(logits, 5)
-    assert torch.equal(ranked.ids, logits.argsort(dim=1, descending=True, stable=True)[:, :5])
-    torch.testing.assert_close(ranked.log_normalizer, logits.logsumexp(1))
-
-
-def test_activation_of_some_states_at_a_time(model: Any) -> None:
+def test_activation_in_chunks_of_states(model: Any) -> None:
     lens, small = LogitLens(model), LogitLens(model, working_memory=4000)
     hidden, tokens = torch.randn(2, 9, lens.hidden_size), torch.tensor([3, 1, 5])
     torch.testing.assert_close(small.activation(hidden, tokens), lens.activation(hidden, tokens))

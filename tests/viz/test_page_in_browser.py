@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import re
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,11 +14,7 @@ from PIL import Image, ImageFilter
 
 from captum_intramodal.demo.scenes import compose
 from captum_intramodal.viz.page import render_html
-
-CHROMIUM = os.environ.get("CHROMIUM") or next(
-    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
-)
-DRIVER = shutil.which("chromedriver")
+from tests.viz.helpers import CHROMIUM, DRIVER, start_browser
 
 pytestmark = [
     pytest.mark.browser,
@@ -28,14 +22,8 @@ pytestmark = [
     pytest.mark.skipif(DRIVER is None, reason="no chromedriver in PATH"),
 ]
 
-FLAGS = (
-    "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
-    "--disable-background-networking", "--disable-component-update", "--disable-sync", "--disable-dev-shm-usage",
-    "--hide-scrollbars",
-)  # fmt: skip
 
-
-def explanation(seed: int = 7, repeat: int = 1, images: int = 1) -> Any:
+def make_explanation(seed: int = 7, repeat: int = 1, images: int = 1) -> Any:
     """A composed scene with its blurred masks as heatmaps and plausible relevances."""
     rng = np.random.default_rng(seed)
     scenes = [compose(seed + i) for i in range(images)]
@@ -78,28 +66,16 @@ def explanation(seed: int = 7, repeat: int = 1, images: int = 1) -> Any:
     )  # fmt: skip
 
 
-def start(folder: Path, *flags: str) -> Any:
-    webdriver = pytest.importorskip("selenium.webdriver")
-    from selenium.webdriver.chrome.service import Service
-
-    options = webdriver.ChromeOptions()
-    options.binary_location = CHROMIUM
-    for flag in (*FLAGS, "--window-size=1280,900", f"--user-data-dir={folder}", *flags):
-        options.add_argument(flag)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    return webdriver.Chrome(options=options, service=Service(executable_path=DRIVER))
-
-
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    driver = start(tmp_path_factory.mktemp("chromium"))
+    driver = start_browser(tmp_path_factory.mktemp("chromium"))
     yield driver
     driver.quit()
 
 
 @pytest.fixture
 def page(browser: Any, tmp_path: Path) -> Any:
-    return open_page(browser, tmp_path, explanation())
+    return open_page(browser, tmp_path, make_explanation())
 
 
 def open_page(browser: Any, folder: Path, shown: Any) -> Any:
@@ -148,7 +124,7 @@ def shades(page: Any) -> list[float]:
     return [float(value) for value in page.execute_script(script)]
 
 
-def test_opens_with_a_heatmap_and_without_complaints(page: Any) -> None:
+def test_opens_with_a_heatmap_and_without_errors(page: Any) -> None:
     assert opaque(page) > 0
     assert "probability" in caption(page)
     assert page.get_log("browser") == []
@@ -156,15 +132,15 @@ def test_opens_with_a_heatmap_and_without_complaints(page: Any) -> None:
 
 def test_answer_keeps_its_text(page: Any) -> None:
     text = page.execute_script("return document.querySelector('.answer .text').textContent")
-    assert text == explanation().answer
+    assert text == make_explanation().answer
 
 
 def test_hovering_shows_another_word(page: Any) -> None:
     hover(page, word(page, "key"))
-    before, said = heatmap(page), caption(page)
+    before, text = heatmap(page), caption(page)
     hover(page, word(page, "house"))
     assert heatmap(page) != before
-    assert caption(page) != said
+    assert caption(page) != text
     assert caption(page).startswith("house")
     index = int(word(page, "house").get_attribute("data-index"))
     assert max(shades(page)[:index]) > 0
@@ -224,7 +200,7 @@ def test_opacity_slider(page: Any) -> None:
 
 
 def test_several_images_and_a_long_answer(browser: Any, tmp_path: Path) -> None:
-    page = open_page(browser, tmp_path, explanation(repeat=12, images=3))
+    page = open_page(browser, tmp_path, make_explanation(repeat=12, images=3))
     assert len(page.find_elements("css selector", ".word")) > 400
     assert len(page.find_elements("css selector", "canvas.heatmap")) == 3
     script = """
@@ -245,7 +221,7 @@ def test_phone_width_needs_no_sideways_scrolling(page: Any) -> None:
         page.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
 
 
-def test_the_demos_own_page(browser: Any, tmp_path: Path) -> None:
+def test_bright_words_of_the_demo_page_have_distinct_heatmaps(browser: Any, tmp_path: Path) -> None:
     from typer.testing import CliRunner
 
     from captum_intramodal import Explanation

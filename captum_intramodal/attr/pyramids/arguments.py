@@ -1,4 +1,4 @@
-r"""TODO."""
+r"""Adapt the arguments of an attribution method to inputs of another size."""
 
 from __future__ import annotations
 
@@ -11,12 +11,21 @@ from torch import Tensor
 
 from captum_intramodal._utils.captum import format_additional_forward_args
 from captum_intramodal.attr.pyramids.base import Arguments, Size
+from captum_intramodal.errors import InvalidInputError
 
-__all__ = []
+__all__ = [
+    "as_tuple",
+    "ends_with",
+    "follow_forward_args",
+    "follow_inputs",
+    "input_sizes",
+    "move_index",
+    "spatial_sizes",
+]
 
 
 def move_index(at: int | slice, old: int, new: int) -> int | slice:
-    """The index, or the range of indices, of the same place along a dimension of another length."""
+    """Convert an index or slice along a dimension of length ``old`` to the same place along one of length ``new``."""
     if isinstance(at, int):
         return int((at % old + 0.5) * new / old)
     start, stop, _ = at.indices(old)
@@ -25,39 +34,42 @@ def move_index(at: int | slice, old: int, new: int) -> int | slice:
 
 
 def spatial_sizes(tensors: Sequence[Tensor]) -> list[Size]:
-    """The sizes after examples and channels, of up to three dimensions; empty for tensors that have none."""
+    """Return each tensor's size after examples and channels, up to three dimensions; empty for other tensors."""
     return [tuple(tensor.shape[2:]) if 3 <= tensor.ndim <= 5 else () for tensor in tensors]
 
 
 def input_sizes(inputs: Sequence[Tensor], chosen: Sequence[int] | None) -> list[Size]:
-    """Spatial sizes of the inputs that go to a scale, empty for the others."""
+    """Return the spatial sizes of the inputs to be scaled (None: all that have one), empty for the others."""
     sizes = spatial_sizes(inputs)
     if chosen is not None:
         sizes = [size if index in chosen else () for index, size in enumerate(sizes)]
     if not any(sizes):
-        raise ValueError(
+        raise InvalidInputError(
             f"MSEA resizes inputs with spatial dimensions (N, C, ...), got shapes "
             f"{[tuple(tensor.shape) for tensor in inputs]}; use scales=(1.0,) for inputs that have none."
         )
     return sizes
 
 
-def ends_with(value: Any, size: Size) -> bool:
+def ends_with(value: object, size: Size) -> bool:
+    """Return whether a value is a tensor whose last dimensions have this size."""
     return isinstance(value, Tensor) and tuple(value.shape[-len(size) :]) == size
 
 
 def as_tuple(value: Any) -> tuple[Any, ...]:
+    """Wrap a value in a tuple, unless it is one."""
     return value if isinstance(value, tuple) else (value,)
 
 
 def follow_inputs(
     kwargs: Mapping[str, Any], sizes: Sequence[Size], changes: Mapping[str, Callable[[Any, Size], Any]]
 ) -> Arguments:
-    """Arguments that Captum takes one of per input, or bare for a single input, changed with their input's size."""
+    """Apply ``changes`` to the arguments of these names, which are tuples of one value per input, or a bare value for a
+    single input. Each value is changed given its input's size."""
 
     def change(name: str, value: Any) -> Any:
         if callable(value):
-            # Captum calls baselines with the inputs, or without, as they are written.
+            # Captum calls baselines with or without the inputs, depending on their signature.
             takes_inputs = bool(inspect.signature(value).parameters)
             return (lambda inputs: change(name, value(inputs))) if takes_inputs else (lambda: change(name, value()))
         each = value if isinstance(value, tuple) and len(value) == len(sizes) else (value,)
@@ -72,15 +84,15 @@ def follow_inputs(
 
 
 def follow_forward_args(
-    kwargs: Arguments, sizes: Sequence[Size], change: Callable[[Any, Size], Any], which: Sequence[int] | None
+    kwargs: Arguments, sizes: Sequence[Size], change: Callable[[Any, Size], Any], chosen: Sequence[int] | None
 ) -> Arguments:
-    """``additional_forward_args`` changed where they look like one of the inputs, or those that were asked for."""
+    """Change the chosen ``additional_forward_args`` that end with an input's size (None: all that do)."""
     given = format_additional_forward_args(kwargs.get("additional_forward_args"))
     if given is None:
         return kwargs
 
     def changed(index: int, value: Any) -> Any:
-        if not isinstance(value, Tensor) or (which is not None and index not in which):
+        if not isinstance(value, Tensor) or (chosen is not None and index not in chosen):
             return value
         size = next((s for s in sizes if s and value.ndim > len(s) and ends_with(value, s)), None)
         return value if size is None else change(value, size)

@@ -1,4 +1,4 @@
-r"""TODO."""
+r"""Adapt the arguments that belong to a layer's output to the layer's size at another scale."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ def layer_arguments(
     scaled: tuple[Any, Arguments],
 ) -> Arguments:
     r"""
-    The arguments at a scale, with those in the frame of the method's layer brought to the layer's size there:
-    ``layer_mask`` by nearest neighbor, ``layer_baselines`` by interpolation, and the place in ``neuron_selector``.
+    Return the arguments at a scale, with those of the method's layer adapted to the layer's size: ``layer_mask`` by
+    nearest neighbor, ``layer_baselines`` by interpolation, and the position in ``neuron_selector``.
 
     Args:
 
         method (Attribution): The inner method.
-        inputs (tuple): Original inputs, as the method takes them, and its arguments.
-        scaled (tuple): The same at another scale.
+        inputs (tuple): The original inputs, as the method takes them, and its arguments.
+        scaled (tuple): The inputs and arguments at another scale.
     """
     names = [name for name in ("layer_mask", "layer_baselines", "neuron_selector") if scaled[1].get(name) is not None]
     while hasattr(method, "attribution_method"):
@@ -46,22 +46,22 @@ def layer_arguments(
         )
         return spatial_sizes(format_tensor_into_tuples(output))
 
-    before, after = layer_sizes(*inputs), layer_sizes(*scaled)
-    scaled_size = dict(zip(before, after, strict=True))
+    original = layer_sizes(*inputs)
+    scaled_size = dict(zip(original, layer_sizes(*scaled), strict=True))
 
-    def mask(value: Any, size: Size) -> Any:
+    def resize_mask(value: Any, size: Size) -> Any:
         return resize_nearest(value, scaled_size[size]) if ends_with(value, size) else value
 
-    def image(value: Any, size: Size) -> Any:
+    def resize_baseline(value: Any, size: Size) -> Any:
         return resize_linear(value, scaled_size[size]) if ends_with(value, size) else value
 
-    def place(value: Any, size: Size) -> Any:
+    def move_selector(value: Any, size: Size) -> Any:
         if not isinstance(value, tuple) or len(value) != len(size) + 1:
             return value
         moved = (move_index(at, old, new) for at, old, new in zip(value[1:], size, scaled_size[size], strict=True))
         return (value[0], *moved)
 
-    arguments = follow_inputs(scaled[1], before, {"layer_mask": mask, "layer_baselines": image})
-    if "neuron_selector" in names and before[0]:
-        arguments["neuron_selector"] = place(arguments["neuron_selector"], before[0])
+    arguments = follow_inputs(scaled[1], original, {"layer_mask": resize_mask, "layer_baselines": resize_baseline})
+    if "neuron_selector" in names and original[0]:
+        arguments["neuron_selector"] = move_selector(arguments["neuron_selector"], original[0])
     return arguments

@@ -1,4 +1,4 @@
-r"""TODO."""
+r"""Remove an input's fine detail without changing its size."""
 
 from __future__ import annotations
 
@@ -16,23 +16,29 @@ __all__ = ["LowPass"]
 
 class LowPass:
     r"""
-    The input loses what a smaller one could not show, and keeps its size: for models of a fixed input size.
+    Pyramid that removes the detail that a smaller input would not contain and keeps the input's size, for models of a
+    fixed input size.
 
-    Inputs are shrunk (antialiased where torch can) and enlarged again; ``baselines`` of their spatial size and
-    floating-point ``additional_forward_args`` alike. Everything else stays as it is, attributions too. An image has
-    nothing that an enlarged one would show and it does not: at scales above 1 it is left as it is.
+    Inputs are shrunk (antialiased if torch supports it) and enlarged again, and so are ``baselines`` of their spatial
+    size and floating-point ``additional_forward_args``. Everything else stays as it is, including attributions.
+    Enlarging adds no detail, so scales above 1 leave the input as it is.
 
     Args:
 
-        inputs (Sequence[int], optional): Which inputs go to a scale, counted from 0; (0,) for an image and embeddings
-                    (N, tokens, width), whose width is no size.
+        inputs (Sequence[int], optional): Indices of the inputs to scale; (0,) for an image and embeddings (N, tokens,
+                    width), whose width is not a spatial size.
                     Default: None, those with one to three spatial dimensions.
-        forward_args (Sequence[int], optional): Which of ``additional_forward_args`` follow, counted from 0.
-                    Default: None, tensors of at least a batch dimension that end with the spatial size of an input.
+        forward_args (Sequence[int], optional): Indices of the ``additional_forward_args`` to scale.
+                    Default: None, tensors with at least a batch dimension and the spatial size of an input.
 
     Examples::
 
-        >>> msea = MSEA(IntegratedGradients(vit), scales=(0.25, 0.5, 1.0), pyramid=LowPass())
+        >>> from captum.attr import InputXGradient
+        >>> from captum_intramodal import MSEA, LowPass
+        >>> net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 8 * 8, 2))  # accepts one size only
+        >>> msea = MSEA(InputXGradient(net), scales=(0.25, 0.5, 1.0), pyramid=LowPass())
+        >>> msea.attribute(torch.rand(1, 3, 8, 8), target=1).shape
+        torch.Size([1, 3, 8, 8])
     """
 
     def __init__(self, inputs: Sequence[int] | None = None, forward_args: Sequence[int] | None = None) -> None:
@@ -42,27 +48,26 @@ class LowPass:
     def down(
         self, inputs: tuple[Tensor, ...], kwargs: Mapping[str, Any], scale: float
     ) -> tuple[tuple[Tensor, ...], Arguments]:
-        """The inputs without their high frequencies; see :meth:`Pyramid.down`.
+        """Remove the inputs' high frequencies; see :meth:`Pyramid.down`.
 
         Raises:
-            ValueError: no input with spatial dimensions.
+            InvalidInputError: if no input has spatial dimensions.
         """
         if scale >= 1:
             return inputs, dict(kwargs)
         sizes = input_sizes(inputs, self.inputs)
 
-        def image(value: Any, size: Size) -> Any:
+        def smooth(value: Any, size: Size) -> Any:
             if not ends_with(value, size) or not value.is_floating_point():
                 return value
             return resize_linear(resize_linear(value, [max(1, round(side * scale)) for side in size]), size)
 
-        arguments = follow_forward_args(
-            follow_inputs(kwargs, sizes, {"baselines": image}), sizes, image, self.forward_args
-        )
-        return tuple(image(t, size) if size else t for t, size in zip(inputs, sizes, strict=True)), arguments
+        arguments = follow_inputs(kwargs, sizes, {"baselines": smooth})
+        arguments = follow_forward_args(arguments, sizes, smooth, self.forward_args)
+        return tuple(smooth(t, size) if size else t for t, size in zip(inputs, sizes, strict=True)), arguments
 
     def back(
         self, attributions: tuple[Tensor, ...], like: tuple[Tensor, ...], scale: float, preserve_sum: bool
     ) -> tuple[Tensor, ...]:
-        """The attributions, which have the size of the original; see :meth:`Pyramid.back`."""
+        """Return the attributions, which already have the original size; see :meth:`Pyramid.back`."""
         return attributions

@@ -1,3 +1,5 @@
+"""The commands write what they promise, and end in one line if an option is wrong."""
+
 from __future__ import annotations
 
 import inspect
@@ -12,9 +14,8 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from captum_intramodal import Explanation, explain
-from captum_intramodal.cli import Method, app
+from captum_intramodal.cli import app
 from captum_intramodal.demo import CHECKPOINT, IMAGES
-from captum_intramodal.explanation.scale_views import METHODS
 from tests.testing.tiny import tiny
 
 runner = CliRunner()
@@ -31,7 +32,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def image(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("picture") / "image.png"
+    path = tmp_path_factory.mktemp("image") / "image.png"
     Image.effect_mandelbrot((120, 80), (-2, -1.5, 1, 1.5), 30).convert("RGB").save(path)
     return path
 
@@ -47,7 +48,7 @@ def test_demo(tmp_path: Path) -> None:
     explanation = Explanation.load(tmp_path / "out")
     for word in explanation.words:
         assert word.text in result.output
-    assert "probability" in result.output and "leans on" in result.output
+    assert "probability" in result.output and "top earlier token" in result.output
 
 
 def test_every_example_image_exists() -> None:
@@ -97,7 +98,7 @@ def unknown_type(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ({"--image": __file__}, "is not an image"),
         ({"--image": "."}, "cannot be read as an image"),
         ({"--prompt": " "}, "prompt is empty"),
-        ({"--answer": "a zebra"}, "cannot encode 'zebra'"),
+        ({"--answer": "a zebra"}, "cannot encode"),
         ({"--answer": " "}, "answer is empty"),
         ({"--scales": "0"}, "above 0"),
         ({"--method": "gradcam"}, "--method"),
@@ -125,14 +126,13 @@ def test_bad_input_ends_in_one_line(
 ) -> None:
     out = tmp_path / "out"
     options = {"--model": str(checkpoint), "--image": str(image), "--prompt": "describe", "--out": str(out)} | change
-    options["--model"] = {"TEXT_ONLY": str(text_only), "UNKNOWN": str(unknown_type)}.get(
-        options["--model"], options["--model"]
-    )
+    names = {"TEXT_ONLY": str(text_only), "UNKNOWN": str(unknown_type)}
+    options["--model"] = names.get(options["--model"], options["--model"])
     result = runner.invoke(app, ["explain", *(part for option in options.items() for part in option)])
     assert result.exit_code == 2, result.output
     assert message in " ".join(result.stderr.split())
     assert "Traceback" not in result.output
-    if message not in ("max-new-tokens", "--method"):  # typer's own message is a box
+    if message not in ("max-new-tokens", "--method"):  # Typer prints its own errors in a box
         assert len(result.stderr.strip().splitlines()) == 1
     assert list(tmp_path.iterdir()) == [], "something is left on disk"
 
@@ -147,7 +147,7 @@ def test_bad_input_ends_in_one_line(
     ],
     ids=str,
 )
-def test_options_are_those_of_explain(
+def test_options_are_passed_to_explain(
     options: list[str], expected: dict[str, Any], image: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     given: dict[str, Any] = {}
@@ -156,14 +156,14 @@ def test_options_are_those_of_explain(
         given.update(inspect.signature(explain).bind(*arguments, **options).arguments)
         raise ValueError("recorded")
 
-    monkeypatch.setattr("captum_intramodal.cli._load", lambda *arguments: (None, None))
+    monkeypatch.setattr("captum_intramodal.cli.commands.load_model", lambda *arguments: (None, None))
     monkeypatch.setattr("captum_intramodal.explain", record)
     arguments = ["explain", "--model", "m", "--image", str(image), "--prompt", "describe", *options]
     assert "recorded" in runner.invoke(app, arguments).stderr
     assert {name: given[name] for name in expected} == expected
 
 
-def test_crops_or_a_larger_input_size(image: Path) -> None:
+def test_crops_and_a_larger_input_size_cannot_be_combined(image: Path) -> None:
     arguments = ["explain", "--model", "m", "--image", str(image), "--prompt", "describe", "--crops"]
     result = runner.invoke(app, [*arguments, "--interpolate-pos-encoding"])
     assert result.exit_code == 2 and "choose one" in result.stderr
@@ -178,68 +178,9 @@ def test_explain_a_video(checkpoint: Path, image: Path, tmp_path: Path) -> None:
     assert (first == second).all()  # merged frames
 
 
-def test_methods_are_those_of_explain() -> None:
-    assert tuple(method.value for method in Method) == METHODS
-
-
-@pytest.mark.parametrize("arguments", [["--help"], ["explain", "--help"], ["demo", "--help"], ["check", "--help"]])
-def test_help_imports_nothing_heavy(arguments: list[str]) -> None:
-    program = (
-        "import sys\nfrom captum_intramodal.cli import main\n"
-        "try:\n    main()\nexcept SystemExit as end:\n    assert not end.code\n"
-        "heavy = {'torch', 'transformers', 'captum', 'numpy', 'matplotlib', 'PIL'} & set(sys.modules)\n"
-        "assert not heavy, heavy"
-    )
-    result = subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stderr
-    assert "Usage" in result.stdout
-
-
-def test_as_a_module_and_without_arguments() -> None:
+def test_running_as_a_module_and_example_images_out_of_range() -> None:
     result = subprocess.run(
         [sys.executable, "-m", "captum_intramodal", "--help"], capture_output=True, text=True, check=False
     )
     assert result.returncode == 0 and "explain" in result.stdout and "demo" in result.stdout
     assert runner.invoke(app, ["demo", "--image", "9", "--out", "x"]).exit_code == 2
-
-
-WITHOUT_TORCHVISION = """
-import importlib.util, sys
-find = importlib.util.find_spec
-importlib.util.find_spec = lambda name, *rest: None if name.split(".")[0] == "torchvision" else find(name, *rest)
-sys.modules["torchvision"] = None
-from captum_intramodal.cli import main
-main()
-"""
-
-
-@pytest.mark.parametrize(("family", "works"), [("llava", True), ("qwen2_vl", False)])
-def test_without_torchvision(family: str, works: bool, image: Path, tmp_path: Path) -> None:
-    model, processor = tiny(family)
-    model.save_pretrained(tmp_path / "model")
-    processor.save_pretrained(tmp_path / "model")
-    arguments = ["--model", str(tmp_path / "model"), "--image", str(image), "--prompt", "describe the picture"]
-    result = subprocess.run(
-        [
-            sys.executable,
-            "-c",
-            WITHOUT_TORCHVISION,
-            "explain",
-            *arguments,
-            "--scales",
-            "1",
-            "--out",
-            str(tmp_path / "out"),
-        ],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if works:
-        assert result.returncode == 0, result.stderr
-        assert (tmp_path / "out" / "index.html").exists()
-    else:
-        assert result.returncode == 2, result.stderr
-        assert "pip install torchvision" in " ".join(result.stderr.split())
-        assert len(result.stderr.strip().splitlines()) == 1
-        assert not (tmp_path / "out").exists()
