@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from captum_intramodal._utils.captum import format_additional_forward_args, format_tensor_into_tuples, log_usage
 from captum_intramodal.errors import InvalidInputError
 from captum_intramodal.models.early_exit import run_layers
-from captum_intramodal.models.logit_lens import LogitLens
+from captum_intramodal.models.logit_lens import LogitLens, LogitNormalization
 
 __all__ = ["LayerLogitLens", "find_model"]
 
@@ -39,6 +39,9 @@ class LayerLogitLens(LayerAttribution):
         lens (LogitLens, optional): The lens of the model behind ``forward_func``.
                     Default: None, created from ``forward_func``, which must then be a transformers model or a module
                     that contains exactly one
+        logit_normalization (str, optional): ``'raw'``, ``'centered'`` or ``'zscore'``, as in
+                    :class:`~captum_intramodal.LogitLens`.
+                    Default: None, as the lens has it
 
     Examples::
 
@@ -55,9 +58,11 @@ class LayerLogitLens(LayerAttribution):
         forward_func: Callable[..., Any],
         layer: nn.Module | list[nn.Module],
         lens: LogitLens | None = None,
+        logit_normalization: LogitNormalization | None = None,
     ) -> None:
         super().__init__(forward_func, layer)
-        self.lens = lens if lens is not None else LogitLens(find_model(forward_func))
+        lens = lens if lens is not None else LogitLens(find_model(forward_func))
+        self.lens = lens if logit_normalization is None else lens.with_normalization(logit_normalization)
 
     @property
     def multiplies_by_inputs(self) -> bool:

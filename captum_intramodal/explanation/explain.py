@@ -22,6 +22,7 @@ from captum_intramodal.explanation.explanation import Explanation
 from captum_intramodal.explanation.options import ChangedDecisions, ExplainOptions, Method, Scales
 from captum_intramodal.functional.aggregation import Aggregation, normalized_weights
 from captum_intramodal.models.hooks import evaluation_mode
+from captum_intramodal.models.logit_lens import LogitLens, LogitNormalization
 
 __all__ = ["explain", "explain_batch"]
 
@@ -43,6 +44,7 @@ def explain(
     video: bool = False,
     method: Method = "auto",
     layer: int | None = None,
+    logit_normalization: LogitNormalization = "raw",
     max_new_tokens: int = 128,
     working_memory: int = WORKING_MEMORY,
     progress: Callable[[str], None] | None = None,
@@ -103,6 +105,10 @@ def explain(
         layer (int, optional): Decoder layer whose output the lens reads, or at whose input activation times gradient is
                     computed.
                     Default: None, the last for the lens, the first for gradients
+        logit_normalization (str, optional): ``'raw'``: the lens's logits, as in the paper. ``'centered'``: less their
+                    mean over the vocabulary, which makes maps invariant to a vector added to every row of the
+                    unembedding. ``'zscore'``: centered, divided by the standard deviation over the vocabulary.
+                    Default: ``'raw'``
         max_new_tokens (int, optional): Maximum length of the model's own answer.
                     Default: 128
         working_memory (int, optional): Bytes of one part of a step that runs in parts. Beside the model's own passes,
@@ -133,9 +139,9 @@ def explain(
 
         >>> from captum_intramodal import explain
         >>> explanation = explain(model, processor, image, "describe the picture.")
-        >>> [word.text for word in explanation.words][:2]
-        ['a', 'ball']
-        >>> explanation.heatmap("ball").shape == (image.height, image.width)
+        >>> [word.text for word in explanation.words][3:5]
+        ['a', 'pig']
+        >>> explanation.heatmap("pig").shape == (image.height, image.width)
         True
         >>> explanation.to_html("page.html").name
         'page.html'
@@ -156,6 +162,7 @@ def explain(
             interpolate_pos_encoding=interpolate_pos_encoding,
             method=method,
             layer=layer,
+            logit_normalization=logit_normalization,
             max_new_tokens=max_new_tokens,
         ),
         progress,
@@ -182,6 +189,7 @@ def explain_batch(
     video: bool = False,
     method: Method = "auto",
     layer: int | None = None,
+    logit_normalization: LogitNormalization = "raw",
     max_new_tokens: int = 128,
     working_memory: int = WORKING_MEMORY,
     progress: Callable[[str], None] | None = None,
@@ -206,7 +214,8 @@ def explain_batch(
         batch_size (int, optional): Number of examples that run together; memory grows with it.
                     Default: 8
         scales, scale_weights, aggregation, changed_decisions, arc, crops, interpolate_pos_encoding, video, method,
-                    layer, max_new_tokens, working_memory, progress (optional): See :func:`explain`; the same for all.
+                    layer, logit_normalization, max_new_tokens, working_memory, progress (optional): See
+                    :func:`explain`; the same for all.
 
     Returns:
         **explanations** (*list[Explanation]*):
@@ -249,6 +258,7 @@ def explain_batch(
             interpolate_pos_encoding=interpolate_pos_encoding,
             method=method,
             layer=layer,
+            logit_normalization=logit_normalization,
             max_new_tokens=max_new_tokens,
         ),
         progress,
@@ -274,7 +284,8 @@ def _explain_together(
         if len(checked) > batch_size:
             report(f"Examples {start + 1} to {min(start + batch_size, len(checked))} of {len(checked)}")
         with evaluation_mode(adapter.model):
-            arc = None if options.arc_options is None else ARC(model=adapter.lens, **options.arc_options)
+            lens = adapter.lens.with_normalization(options.logit_normalization)
+            arc = None if options.arc_options is None else ARC(model=lens, **options.arc_options)
             collected = collect_activations(
                 adapter,
                 checked[part],
@@ -289,7 +300,7 @@ def _explain_together(
             )
         for activations, answer in zip(collected, answers[part], strict=True):
             settings = _settings(adapter, options, answer)
-            explanations.append(_explanation(adapter, activations, arc, options, settings))
+            explanations.append(_explanation(lens, activations, arc, options, settings))
     return explanations
 
 
@@ -301,6 +312,7 @@ def _settings(adapter: ModelAdapter, options: ExplainOptions, answer: str | Sequ
         "crops": options.crops,
         "interpolate_pos_encoding": options.interpolate_pos_encoding,
         "layer": options.layer,
+        "logit_normalization": options.logit_normalization,
         "answer": "given" if answer is not None else f"greedy, at most {options.max_new_tokens} tokens",
         "aggregation": options.aggregation,
         "changed_decisions": options.changed_decisions,
@@ -308,7 +320,7 @@ def _settings(adapter: ModelAdapter, options: ExplainOptions, answer: str | Sequ
 
 
 def _explanation(
-    adapter: ModelAdapter,
+    lens: LogitLens,
     activations: Activations,
     arc: ARC | None,
     options: ExplainOptions,
@@ -318,7 +330,7 @@ def _explanation(
     weights = normalized_weights(activations.scales, _kept_weights(activations, options))
     maps = activations.maps(weights, options.aggregation, options.changed_decisions)
     if arc is None:
-        relevance, probabilities = relate_without_rankings(adapter.lens, activations)
+        relevance, probabilities = relate_without_rankings(lens, activations)
     else:
         context, probabilities = relate(arc, activations)
         relevance = context.text_activation * context.context

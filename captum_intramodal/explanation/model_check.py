@@ -107,10 +107,11 @@ def check(
 
     Raises:
         TypeError: not an image-text-to-text model and its processor, or not an image.
-        ValueError: an empty prompt.
+        InvalidInputError: the prompt is empty.
 
     Examples::
 
+        >>> from captum_intramodal import check
         >>> report = check(model, processor)
         >>> report["geometry"].passed
         True

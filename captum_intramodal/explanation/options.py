@@ -8,6 +8,7 @@ from typing import Any, Literal, get_args
 
 from captum_intramodal.errors import InvalidOptionError
 from captum_intramodal.functional.aggregation import AGGREGATIONS, Aggregation, check_scales, normalized_weights
+from captum_intramodal.models.logit_lens import LOGIT_NORMALIZATIONS, LogitNormalization
 
 __all__ = ["CHANGED_DECISIONS", "METHODS", "ChangedDecisions", "ExplainOptions", "Method", "Scales"]
 
@@ -45,6 +46,7 @@ class ExplainOptions:
     interpolate_pos_encoding: bool = False
     method: Method = "auto"
     layer: int | None = None
+    logit_normalization: LogitNormalization = "raw"
     max_new_tokens: int = 128
 
     def __post_init__(self) -> None:
@@ -52,6 +54,7 @@ class ExplainOptions:
             ("method", METHODS),
             ("aggregation", AGGREGATIONS),
             ("changed_decisions", CHANGED_DECISIONS),
+            ("logit_normalization", LOGIT_NORMALIZATIONS),
         ):
             if getattr(self, name) not in known:
                 raise InvalidOptionError(f"{name} must be one of {known}, got {getattr(self, name)!r}.")

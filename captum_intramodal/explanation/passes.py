@@ -85,6 +85,7 @@ def compute_scale_maps(
     methods = {i: view.method(options.method) for i, view in views.items()}
     # The pass over the answer has processed the images at scale 1 already.
     waiting = {i: view for i, view in views.items() if methods[i] == "logit_lens" and scale != 1.0}
+    lens = adapter.lens.with_normalization(options.logit_normalization)
     states = _visual_states(waiting, examples, lens_layer)
     result: dict[int, ScaleMaps] = {}
     for i, view in views.items():
@@ -96,7 +97,7 @@ def compute_scale_maps(
             continue
         if methods[i] == "logit_lens":
             visual = states.get(i, example.visual_states)
-            values = adapter.lens.activation(visual, example.text.ids).T
+            values = lens.activation(visual, example.text.ids).T
         else:
             parts = [
                 layer_gradient_x_activation(

@@ -3,7 +3,8 @@ r"""The logit lens: decode hidden states with the model's own final norm and une
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, TypeVar, cast
+from copy import copy
+from typing import Any, Literal, TypeVar, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -17,9 +18,17 @@ from captum_intramodal.models.layer_io import hidden_rows
 from captum_intramodal.models.ranking import DEFAULT_RANKING_LENGTH, Rankings, rank_all, rankings_from_keys, top_keys
 from captum_intramodal.models.tail_replay import TailReplay, lens_tolerance, unmasked
 
-__all__ = ["LogitLens", "select_layers"]
+__all__ = ["LOGIT_NORMALIZATIONS", "LogitLens", "LogitNormalization", "check_logit_normalization", "select_layers"]
 
 T = TypeVar("T")
+LogitNormalization = Literal["raw", "centered", "zscore"]
+LOGIT_NORMALIZATIONS: tuple[LogitNormalization, ...] = get_args(LogitNormalization)
+
+
+def check_logit_normalization(value: str) -> None:
+    """Raise an InvalidOptionError if ``value`` is not one of :data:`LOGIT_NORMALIZATIONS`."""
+    if value not in LOGIT_NORMALIZATIONS:
+        raise InvalidOptionError(f"logit_normalization must be one of {LOGIT_NORMALIZATIONS}, got {value!r}.")
 
 
 class LogitLens:
@@ -38,6 +47,12 @@ class LogitLens:
     itself computes them from the given hidden states, a few positions at a time: *tail replay*. It is exact for any
     model, at the cost of a forward pass whose layer outputs are discarded.
 
+    A raw logit is not a quantity of its own: adding one vector to every row of the unembedding shifts all logits of a
+    position alike and changes no prediction, but it changes every map of raw logits. *Centered* activations,
+    :math:`g(\mathrm{norm}(h) \cdot (w_c - \bar w))` with the mean row :math:`\bar w`, are invariant, at no further cost
+    than the mean, which is computed once. *Z-scores* are centered products divided by their standard deviation over the
+    vocabulary at each position, which takes one sweep over the vocabulary.
+
     Source: nostalgebraist, "interpreting GPT: the logit lens", 2020.
 
     Args:
@@ -48,6 +63,11 @@ class LogitLens:
                     Default: None, four text tokens.
         working_memory (int, optional): Bytes of one block of the vocabulary, or of hidden states.
                     Default: 16 MiB
+        logit_normalization (str, optional): How activations are normalized. ``'raw'``: not. ``'centered'``: less the
+                    mean over the vocabulary, before the model's soft cap (with tail replay after it, over the tokens
+                    that are not masked). ``'zscore'``: centered, divided by the standard deviation over the vocabulary.
+                    Rankings and probabilities do not depend on it.
+                    Default: ``'raw'``, as in the paper
 
     Attributes:
         tail (str): ``'fast'`` for :math:`g(\mathrm{norm}(h) \cdot w_c)`, ``'replay'`` for tail replay.
@@ -67,8 +87,13 @@ class LogitLens:
     """
 
     def __init__(
-        self, model: PreTrainedModel, inputs: Mapping[str, Any] | None = None, working_memory: int = WORKING_MEMORY
+        self,
+        model: PreTrainedModel,
+        inputs: Mapping[str, Any] | None = None,
+        working_memory: int = WORKING_MEMORY,
+        logit_normalization: LogitNormalization = "raw",
     ) -> None:
+        check_logit_normalization(logit_normalization)
         if not hasattr(model, "get_output_embeddings"):
             raise TypeError(f"LogitLens needs a transformers model, got {type(model).__name__}.")
         self.layers: nn.ModuleList = lens_layers(model)
@@ -77,14 +102,24 @@ class LogitLens:
         self.factor: float = 1.0
         self.cap: float | None = None
         self.working_memory = working_memory
+        self.logit_normalization: LogitNormalization = logit_normalization
         self._replay: TailReplay | None = None
         self._head_is_last = False
+        # Shared with the lens's copies.
+        self._means: dict[tuple[Any, ...], tuple[Tensor, float]] = {}
         self._calibrate(model, inputs)
 
     def fits(self, model: PreTrainedModel) -> bool:
         """Return whether the model still has the layers, the norm and the head of this lens."""
         parts = [*lens_layers(model), final_norm(model), model.get_output_embeddings()]
         return parts == [*self.layers, self.norm, self.head]
+
+    def with_normalization(self, logit_normalization: LogitNormalization) -> LogitLens:
+        """Return a copy of the lens, which shares the model, with another ``logit_normalization``."""
+        check_logit_normalization(logit_normalization)
+        lens = copy(self)
+        lens.logit_normalization = logit_normalization
+        return lens
 
     @property
     def tail(self) -> str:
@@ -182,6 +217,38 @@ class LogitLens:
         bias = getattr(self.head, "bias", None)
         return product if bias is None else product + bias[rows].to(product)
 
+    def _mean_row(self) -> tuple[Tensor, float]:
+        """Return the mean row of the unembedding, float32 (D,), and the mean bias; computed once for each weight."""
+        weight, bias = self._weight, getattr(self.head, "bias", None)
+        # Weights can be exchanged or changed in place, as the randomization check does.
+        key = (weight.data_ptr(), weight._version, float(weight[0].float().sum()), float(weight[-1].float().sum()))
+        if key not in self._means:
+            total = sum(self._over_vocabulary(lambda rows: weight[rows].sum(0, dtype=torch.float32), self.hidden_size))
+            self._means.clear()
+            self._means[key] = (
+                cast(Tensor, total) / self.vocab_size,
+                0.0 if bias is None else float(bias.float().mean()),
+            )
+        return self._means[key]
+
+    def _centered_product(self, normed: Tensor, tokens: Tensor, weight_mean: Tensor, bias_mean: float) -> Tensor:
+        """Multiply normalized states (N, D) with rows of the unembedding less their mean, in float32."""
+        rows = tokens.to(self._weight.device)
+        weight = self._weight[rows].to(device=normed.device, dtype=torch.float32) - weight_mean.to(normed.device)
+        product = normed.float() @ weight.T
+        bias = getattr(self.head, "bias", None)
+        return product if bias is None else product + (bias[rows].to(product) - bias_mean)
+
+    def _spread(self, normed: Tensor, weight_mean: Tensor, bias_mean: float) -> Tensor:
+        """Return the standard deviation of the products over the vocabulary at normalized states (N, D), (N,)."""
+
+        def squares(rows: slice) -> Tensor:
+            ids = torch.arange(rows.start, rows.stop, device=self._weight.device)
+            return self._centered_product(normed, ids, weight_mean, bias_mean).square().sum(1)
+
+        total = cast(Tensor, sum(self._over_vocabulary(squares, len(normed))))
+        return (total / self.vocab_size).sqrt().clamp_min(torch.finfo(torch.float32).tiny)
+
     def _replayed(self, hidden: Tensor) -> Iterator[Tensor]:
         """Yield the model's own logits of hidden states (N, D), some rows at a time."""
         replay = cast(TailReplay, self._replay)
@@ -197,7 +264,12 @@ class LogitLens:
         return cast(Tensor, self.norm(hidden))
 
     @torch.no_grad()
-    def activation(self, hidden: Tensor, tokens: Tensor, normed: bool = False) -> Tensor:
+    def activation(
+        self,
+        hidden: Tensor,
+        tokens: Tensor,
+        normed: bool = False,
+    ) -> Tensor:
         r"""
         Compute logits of tokens at hidden states.
 
@@ -210,7 +282,7 @@ class LogitLens:
                         Default: False
 
         Returns:
-            **activation** (*Tensor*): float32 (..., n).
+            **activation** (*Tensor*): float32 (..., n), normalized as ``logit_normalization`` says.
 
         Raises:
             InvalidOptionError: ``normed`` with tail replay, which starts before the norm.
@@ -221,13 +293,22 @@ class LogitLens:
                     "normed=True is not possible: this model's tail is replayed from the output of its last decoder "
                     "layer on; pass hidden states before the norm."
                 )
-            parts = [logits[:, tokens.to(logits.device)] for logits in self._replayed(hidden.flatten(0, -2))]
+            parts = [
+                _normalize_logits(logits, tokens.to(logits.device), self.logit_normalization)
+                for logits in self._replayed(hidden.flatten(0, -2))
+            ]
             return torch.cat(parts).reshape(*hidden.shape[:-1], len(tokens))
         flat = hidden.flatten(0, -2)
+        weight_mean, bias_mean = (None, 0.0) if self.logit_normalization == "raw" else self._mean_row()
 
         def activations(rows: slice) -> Tensor:
             part = flat[rows] if normed else self.normalize(flat[rows])
-            return self._postprocess(self._product(part, tokens.to(self._weight.device)))
+            if weight_mean is None:
+                return self._postprocess(self._product(part, tokens.to(self._weight.device)))
+            product = self._centered_product(part, tokens, weight_mean, bias_mean)
+            if self.logit_normalization == "zscore":
+                return product / self._spread(part, weight_mean, bias_mean)[:, None]
+            return self._postprocess(product)
 
         # A state, and its copies in float32 while it is normalized.
         size = items_within(self.working_memory, 20 * self.hidden_size)
@@ -327,6 +408,20 @@ class LogitLens:
         if bias is not None:
             product = product + bias[tokens.to(bias.device)].to(product)
         return self._postprocess(product) - log_normalizer
+
+
+def _normalize_logits(logits: Tensor, tokens: Tensor, logit_normalization: LogitNormalization) -> Tensor:
+    """Select tokens (N, n) of logits (N, vocabulary), centered or as z-scores over the tokens that are not masked."""
+    selected = logits[:, tokens]
+    if logit_normalization == "raw":
+        return selected
+    kept = unmasked(logits)
+    count = kept.sum(1, keepdim=True).clamp_min(1)
+    mean = logits.where(kept, 0.0).sum(1, keepdim=True) / count
+    if logit_normalization == "centered":
+        return selected - mean
+    spread = ((logits - mean).square().where(kept, 0.0).sum(1, keepdim=True) / count).sqrt()
+    return (selected - mean) / spread.clamp_min(torch.finfo(torch.float32).tiny)
 
 
 def select_layers(lens: LogitLens, indices: Sequence[int]) -> list[nn.Module]:
