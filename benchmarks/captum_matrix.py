@@ -1,9 +1,14 @@
-r"""Which Captum method runs inside MSEA on which kind of model.
+r"""Which Captum methods run inside MSEA on which kinds of models?
 
     python benchmarks/captum_matrix.py --out benchmarks/results/captum_matrix.md
 
-Each cell runs the method alone, then inside MSEA at scales 0.5, 1 and 1.5, on a small random model: it works where the
-result has the method's own shape and is finite; else the table has the error that a user gets.
+Each cell runs the method alone, then inside MSEA at scales 0.5, 1 and 1.5, on a small random model. It works if the
+result has the method's own shape, is finite and not all zero. Otherwise, the table has the error that a user gets.
+
+Needs: the package with its ``test`` extra (scikit-learn, for Lime); MINUTES
+
+Prints: the number of cells that work, a table of methods and models, and the reasons of failures. The README quotes
+``results/captum_matrix.md``.
 """
 
 from __future__ import annotations
@@ -14,12 +19,13 @@ import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import captum.attr as ca
 import torch
 import typer
 from captum._utils.models.linear_model import SkLearnLinearRegression
+from common import Report, Threads, markdown_table, write_report
 from torch import Tensor, nn
 from transformers import ViTConfig, ViTForImageClassification
 
@@ -29,30 +35,30 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))
 from tests.testing.tiny import tiny
 
 SCALES = (0.5, 1.0, 1.5)
-# Segments per side for perturbations of groups of pixels.
+# Per side of the image, the segments that methods perturb as groups of pixels.
 SEGMENTS = 3
 EXPLANATION = """Printed by `python benchmarks/captum_matrix.py`, on small random models. Each cell runs the method
 alone, then inside `MSEA` at scales 0.5, 1 and 1.5. *works*: the result has the method's own shape, is finite and not
 all zero. A number refers to the reasons below the table, with the error that a user gets; *Captum alone*: the method
 itself does not run. Layer methods at a decoder of a multimodal model go through `VisualTokenAttribution`. Captum's
-DeepLift, GuidedBackprop and Deconvolution have rules for ReLU-like modules; elsewhere (ViT, most multimodal models)
-they are multiples of the gradient."""
+DeepLift, GuidedBackprop and Deconvolution have rules for ReLU-like modules; for other models (ViT, most multimodal
+models) they are multiples of the gradient."""
 
 
 @dataclass
 class Column:
-    """A kind of model.
+    """A kind of model, with an input for each kind of method.
 
     Attributes:
-        name (str): heading.
-        forward (nn.Module): from images (N, 3, height, width) to scores.
+        name (str): heading of the column.
+        forward (nn.Module): maps images (N, 3, height, width) to scores.
         image (Tensor): float (1, 3, height, width) in [0, 1].
         target: Captum's target.
         layer (nn.Module): for Layer* and Neuron* methods.
         neuron (tuple): a neuron of the layer.
         spatial (nn.Module, optional): a layer with outputs (N, C, height, width), for GradCAM.
         tokens (bool): whether the layer is one of a decoder, with values at visual tokens.
-        pyramid (Pyramid): the way to a scale and back.
+        pyramid (Pyramid): resizes images to a scale, and attributions back.
     """
 
     name: str
@@ -66,24 +72,27 @@ class Column:
     pyramid: Pyramid = field(default_factory=Resize)
 
     def at_layer(self, method: type) -> ca.Attribution:
-        of_layer = method(self.forward, self.layer)
-        return VisualTokenAttribution(of_layer) if self.tokens else of_layer
+        """Make a layer method, whose values are drawn in the image if they are at visual tokens."""
+        layer_method = method(self.forward, self.layer)
+        return VisualTokenAttribution(layer_method) if self.tokens else layer_method
 
     @property
     def segments(self) -> Tensor:
+        """Number the segments of the image, as a feature mask."""
         height, width = self.image.shape[2:]
         rows, columns = (torch.arange(n) * SEGMENTS // n for n in (height, width))
         return (rows[:, None] * SEGMENTS + columns)[None, None]
 
     @property
     def window(self) -> tuple[int, ...]:
+        """Return the shape of a segment."""
         height, width = self.image.shape[2:]
         return (3, -(-height // SEGMENTS), -(-width // SEGMENTS))
 
 
 @dataclass(frozen=True)
 class Row:
-    """A Captum method: how it is made for a column, and its arguments."""
+    """A Captum method: how to make it for a column, and its arguments."""
 
     make: Callable[[Column], ca.Attribution]
     arguments: Callable[[Column], dict[str, Any]] = lambda column: {}
@@ -91,22 +100,27 @@ class Row:
 
 
 def on_pixels(method: type, **arguments: Any) -> Row:
+    """Attribute to pixels."""
     return Row(lambda c: method(c.forward), lambda c: {"target": c.target, **arguments})
 
 
 def on_groups(method: type, **arguments: Any) -> Row:
+    """Attribute to groups of pixels."""
     return Row(lambda c: method(c.forward), lambda c: {"target": c.target, "feature_mask": c.segments, **arguments})
 
 
 def on_layer(method: type, **arguments: Any) -> Row:
+    """Attribute to a layer."""
     return Row(lambda c: c.at_layer(method), lambda c: {"target": c.target, **arguments})
 
 
 def on_neuron(method: type, **arguments: Any) -> Row:
+    """Attribute a neuron to pixels."""
     return Row(lambda c: method(c.forward, c.layer), lambda c: {"neuron_selector": c.neuron, **arguments})
 
 
 def with_distribution(method: type, **arguments: Any) -> Row:
+    """Attribute to pixels against several baselines."""
     return Row(
         lambda c: method(c.forward),
         lambda c: {"target": c.target, "baselines": torch.rand(2, *c.image.shape[1:]), **arguments},
@@ -114,6 +128,7 @@ def with_distribution(method: type, **arguments: Any) -> Row:
 
 
 def with_spatial(method: type) -> Row:
+    """Attribute to pixels with the help of a spatial layer."""
     return Row(lambda c: method(c.forward, c.spatial), lambda c: {"target": c.target}, needs_spatial=True)
 
 
@@ -164,6 +179,8 @@ ROWS: dict[str, Row] = {
 
 
 class ConvNet(nn.Module):
+    """A small convolutional classifier with a module for every operation."""
+
     def __init__(self) -> None:
         super().__init__()
         self.conv1, self.conv2 = nn.Conv2d(3, 6, 3, padding=1), nn.Conv2d(6, 8, 3, padding=1)
@@ -177,6 +194,7 @@ class ConvNet(nn.Module):
 
 
 def cnn() -> Column:
+    """Build a convolutional network; the neuron is its most active one."""
     net = ConvNet().eval()
     image = torch.rand(1, 3, 32, 24)
     activation = net.conv2(net.pool1(net.relu1(net.conv1(image))))[0]
@@ -185,6 +203,8 @@ def cnn() -> Column:
 
 
 class Logits(nn.Module):
+    """The logits of a transformers image classifier, as a function of its pixels."""
+
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
@@ -194,6 +214,7 @@ class Logits(nn.Module):
 
 
 def vit() -> Column:
+    """Build a vision transformer, which takes one image size only."""
     config = ViTConfig(
         image_size=32, patch_size=8, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4
     )
@@ -203,7 +224,9 @@ def vit() -> Column:
     return Column("ViT", Logits(model), torch.rand(1, 3, 32, 32), 1, blocks[0], (3, 5), projection, pyramid=LowPass())
 
 
-def mllm(model_type: str, heading: str) -> Callable[[], Column]:
+def multimodal(model_type: str, heading: str) -> Callable[[], Column]:
+    """Return a function that builds a multimodal LLM of a type."""
+
     def make() -> Column:
         model, processor = tiny(model_type)
         forward = PixelForward(ModelAdapter(model, processor), "describe the picture .", "a red cat")
@@ -220,55 +243,50 @@ def mllm(model_type: str, heading: str) -> Callable[[], Column]:
 COLUMNS: tuple[Callable[[], Column], ...] = (
     cnn,
     vit,
-    mllm("qwen2_vl", "Qwen2-VL (dynamic grid)"),
-    mllm("llava", "LLaVA (fixed size)"),
-    mllm("idefics3", "Idefics3 (tiles)"),
+    multimodal("qwen2_vl", "Qwen2-VL (dynamic grid)"),
+    multimodal("llava", "LLaVA (fixed size)"),
+    multimodal("idefics3", "Idefics3 (tiles)"),
 )
 
 
-def leaves(result: Any) -> Iterator[Tensor]:
+def tensors_of(result: Any) -> Iterator[Tensor]:
+    """Yield the tensors of an attribution, which may be one or a tuple."""
     yield from [result] if isinstance(result, Tensor) else result
 
 
 def attempt(run: Callable[[], Any]) -> tuple[list[Tensor], str | None]:
-    """The result's tensors, or the error's first words."""
+    """Return the result's tensors, or no tensors and the start of the error."""
     try:
         torch.manual_seed(0)
-        return list(leaves(run())), None
+        return list(tensors_of(run())), None
     except Exception as error:
         return [], f"{type(error).__name__}: {' '.join(str(error).split())[:260]}"
 
 
 def cell(row: Row, column: Column) -> str:
-    """``'works'``, or why not."""
+    """Return ``'works'``, or the reason why it does not."""
     if row.needs_spatial and column.spatial is None:
         return "GradCAM needs a layer with outputs (N, C, height, width); this model has tokens."
     method, arguments = row.make(column), row.arguments(column)
     image = column.image
     if isinstance(method, ca.FeaturePermutation):
-        image = torch.cat([image, image.flip(3), image.flip(2)])  # which permutes examples
+        image = torch.cat([image, image.flip(3), image.flip(2)])  # This method permutes examples.
     own, error = attempt(lambda: method.attribute(image, **arguments))
     if error:
         return f"Captum alone: {error}"
 
-    def works(pyramid: Pyramid) -> str | None:
-        result, error = attempt(lambda: MSEA(method, SCALES, pyramid=pyramid).attribute(image, **arguments))
-        if error:
-            return error
-        shapes = [[tuple(tensor.shape) for tensor in tensors] for tensors in (result, own)]
-        if shapes[0] != shapes[1]:
-            return f"shapes {shapes[0]} instead of {shapes[1]}"
-        if not all(bool(tensor.isfinite().all()) for tensor in result):
-            return "not finite"
-        return None if any(bool(tensor.any()) for tensor in result) else "all zero"
-
-    return works(column.pyramid) or "works"
+    result, error = attempt(lambda: MSEA(method, SCALES, pyramid=column.pyramid).attribute(image, **arguments))
+    if error:
+        return error
+    shapes = [[tuple(tensor.shape) for tensor in tensors] for tensors in (result, own)]
+    if shapes[0] != shapes[1]:
+        return f"shapes {shapes[0]} instead of {shapes[1]}"
+    if not all(bool(tensor.isfinite().all()) for tensor in result):
+        return "not finite"
+    return "works" if any(bool(tensor.any()) for tensor in result) else "all zero"
 
 
-def main(
-    out: Annotated[Path | None, typer.Option(help="Markdown file to write")] = None,
-    threads: Annotated[int, typer.Option(help="CPU threads")] = 1,
-) -> None:
+def main(out: Report = None, threads: Threads = 1) -> None:
     torch.set_num_threads(threads)
     warnings.simplefilter("ignore")
     start = time.process_time()
@@ -288,9 +306,7 @@ def main(
     lines = [
         EXPLANATION,
         "",
-        f"| method | {' | '.join(headings)} |",
-        f"|---|{'---|' * len(headings)}",
-        *(f"| {name} | {' | '.join(row)} |" for name, row in cells.items()),
+        *markdown_table(["method", *headings], ([name, *row] for name, row in cells.items())),
         "",
         *(f"{number}. {reason}" for reason, number in reasons.items()),
     ]
@@ -299,8 +315,7 @@ def main(
     text = "\n".join(lines) + "\n"
     typer.echo(text)
     typer.echo(f"{time.process_time() - start:.0f} s of processor time", err=True)
-    if out is not None:
-        out.write_text(text, encoding="utf-8")
+    write_report(out, text)
 
 
 if __name__ == "__main__":

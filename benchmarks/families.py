@@ -1,9 +1,14 @@
-r"""What works on which model type of ``AutoModelForImageTextToText``: the table of families.
+r"""What works on which model type of ``AutoModelForImageTextToText``? The table of families.
 
     python benchmarks/families.py --out benchmarks/results/families.md
 
-Each type is a tiny random model of the real class with its real processor (tests/testing/families.py), in a process of its
-own: an explanation of one image, of two and of a video, and everything that :func:`captum_intramodal.check` tests.
+Each type is a tiny random model of the real class with its real processor (tests/testing/families.py), in a process of
+its own. Explained are one image, two images and a video, then :func:`captum_intramodal.check` runs.
+
+Needs: the package with its ``test`` extra, and a Unix system; MINUTES
+
+Prints: a summary and a table with a row per type, to standard error a line of JSON per type as soon as it is finished.
+The README quotes the summary of ``results/families.md``.
 """
 
 from __future__ import annotations
@@ -21,6 +26,7 @@ import numpy as np
 import torch
 import transformers
 import typer
+from common import Report, markdown_table, write_report
 from PIL import Image, ImageDraw
 
 from captum_intramodal import check, explain
@@ -34,18 +40,22 @@ METHODS = {
     "layer_gradient_x_activation": "activation x gradient",
     "input_x_gradient": "pixels",
 }
+HEADER = (
+    "type", "class", "explained by", "visual tokens", "oracle (chance)", "lens", "scales", "several images", "video",
+    "Captum on pixels; notes",
+)  # fmt: skip
 QUESTION, ANSWER = "describe the picture", "a red cat"
 EXPLANATION = """Printed by `python benchmarks/families.py`, on tiny random models of the real classes with their real
 processors and an image of 640 x 400 pixels (video: four frames of 320 x 200). *Oracle*: how often the token that
 reacts most to a small change of the image has a box around the change, in brackets with shuffled boxes. *Lens*:
-`head(norm(h))` where that gives the model's own logits, else the model's own tail, replayed. *Scales*: what
-`scales="auto"` takes for that image. *Explained by*: the logit lens at visual tokens in the decoder's sequence;
-activation x gradient at visual tokens elsewhere, in the argument of the decoder's blocks that is named; else input x
-gradient at the pixels."""
+`head(norm(h))` if that equals the model's own logits, else the model's own tail, replayed. *Scales*: those that
+`scales="auto"` selects for that image. *Explained by*: the logit lens at visual tokens in the decoder's sequence;
+activation x gradient at visual tokens elsewhere, in the named argument of the decoder's blocks; else input x gradient
+at the pixels."""
 
 
 def natural_image(size: tuple[int, int] = SIZE, seed: int = 0) -> Image.Image:
-    """A smooth random background with shapes on it."""
+    """Draw a smooth random background with shapes on it."""
     rng = np.random.default_rng(seed)
     width, height = size
     coarse = Image.fromarray(rng.integers(60, 200, (6, 9, 3), dtype=np.uint8))
@@ -60,18 +70,18 @@ def natural_image(size: tuple[int, int] = SIZE, seed: int = 0) -> Image.Image:
 
 
 def survey(model_type: str, report: Callable[[dict[str, Any]], None]) -> None:
-    """Reports what works for a type, after every step: a row with the figures so far."""
+    """Report what works for a type: after every step, the row with all figures so far."""
     row: dict[str, Any] = {"type": model_type}
     if model_type in LEFT_OUT:
         report(row | {"left_out": LEFT_OUT[model_type], "finished": True})
         return
-    report(row | {"error": "building it did not come back"})
+    report(row | {"error": "building it did not finish"})
     image = natural_image()
     model, processor = build(model_type)
     row["class"] = type(model).__name__
 
     def step(name: str, run: Callable[[], dict[str, Any]]) -> None:
-        report(row | {"error": f"{name} did not come back"})
+        report(row | {"error": f"{name} did not finish"})
         start = time.perf_counter()
         try:
             row.update(run())
@@ -106,15 +116,15 @@ def survey(model_type: str, report: Callable[[dict[str, Any]], None]) -> None:
 
 
 def run_apart(model_type: str, timeout: float) -> dict[str, Any]:
-    """The survey of a type in a process of its own, so that a crash or a hang stops nothing else."""
+    """Survey a type in a process of its own, so that a crash or a hang affects no other type."""
     start = time.perf_counter()
-    # Forked, as importing everything takes longer than most surveys.
+    # Forked, because importing everything takes longer than most surveys.
     context = multiprocessing.get_context("fork")
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=survey, args=(model_type, sender.send))
     process.start()
     sender.close()
-    row: dict[str, Any] = {"type": model_type, "error": "the process did not begin"}
+    row: dict[str, Any] = {"type": model_type, "error": "the process did not start"}
     with suppress(EOFError):
         while not row.pop("finished", False) and receiver.poll(timeout + start - time.perf_counter()):
             row = receiver.recv()
@@ -124,7 +134,7 @@ def run_apart(model_type: str, timeout: float) -> dict[str, Any]:
 
 
 def cells(row: dict[str, Any]) -> list[str]:
-    """A row of the table."""
+    """Return a type's cells of the table."""
     if "left_out" in row:
         return [row["type"], "", "left out", "", "", "", "", "", "", row["left_out"]]
     checks = row.get("checks", {})
@@ -155,33 +165,31 @@ def cells(row: dict[str, Any]) -> list[str]:
     ]
 
 
-def markdown(rows: list[dict[str, Any]]) -> str:
+def table(rows: list[dict[str, Any]]) -> str:
+    """Return the summary and the table as Markdown."""
     ran = [row for row in rows if "method" in row]
     checks = [row.get("checks", {}) for row in ran]
     oracles = [c["geometry"]["oracle"] for c in checks if "oracle" in c.get("geometry", {})]
-    right = sum(rate >= 0.97 for rate in oracles)
+    passed = sum(rate >= 0.97 for rate in oracles)
     tails = [c["logit lens"].get("tail") for c in checks if c]
     by = {method: sum(row["method"] == method for row in ran) for method in METHODS}
     lines = [
         f"`explain` runs on {len(ran)} of {len(rows)} model types of transformers {transformers.__version__}; "
         f"{by['logit_lens']} by the logit lens at visual tokens, {by['layer_gradient_x_activation']} by activation x "
         f"gradient at visual tokens, {by['input_x_gradient']} by their pixels. Of {len(oracles)} types whose tokens "
-        f"have a place, {right} pass the oracle at 0.97. The lens is fast for {tails.count('fast')} and replayed for "
+        f"have a place, {passed} pass the oracle at 0.97. The lens is fast for {tails.count('fast')} and replayed for "
         f"{tails.count('replay')}. Several images: {sum(bool(row.get('several_images')) for row in ran)}; video: "
         f"{sum(bool(row.get('video')) for row in ran)}.",
         "",
-        "| type | class | explained by | visual tokens | oracle (chance) | lens | scales | several images | video | "
-        "Captum on pixels; notes |",
-        "|---|---|---|---|---|---|---|---|---|---|",
-        *(f"| {' | '.join(cell.replace('|', '/') for cell in cells(row))} |" for row in rows),
+        *markdown_table(HEADER, ([cell.replace("|", "/") for cell in cells(row)] for row in rows)),
     ]
     return "\n".join(lines)
 
 
 def main(
     types: Annotated[list[str] | None, typer.Argument(help="Model types; all by default.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Markdown file for the table.")] = None,
-    timeout: Annotated[float, typer.Option(help="Seconds for one type.")] = 90,
+    out: Report = None,
+    timeout: Annotated[float, typer.Option(help="Most seconds for one type.")] = 90,
 ) -> None:
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
@@ -189,10 +197,9 @@ def main(
     for model_type in types or FAMILIES:
         rows.append(run_apart(model_type, timeout))
         print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
-    table = markdown(rows)
-    print(table)
-    if out:
-        out.write_text(f"# What works on which family\n\n{EXPLANATION}\n\n{table}\n")
+    text = table(rows)
+    print(text)
+    write_report(out, f"# What works on which family\n\n{EXPLANATION}\n\n{text}\n")
 
 
 if __name__ == "__main__":

@@ -1,43 +1,68 @@
-r"""Where do the maps point? Localization on held-out scenes of the demo model, whose object masks are exact.
+r"""Do the maps point to the right objects? Localization on held-out scenes with exact object masks.
 
-    python benchmarks/localization.py                     # the table of the README: 200 scenes
+    python benchmarks/localization.py --out benchmarks/results/localization.md
+    python benchmarks/localization.py --model OTHER --world other --out benchmarks/results/localization-other.md
+    python benchmarks/localization.py --model INTERNVL --out benchmarks/results/localization-tiles-1.md
+    python benchmarks/localization.py --model INTERNVL --scenes 100 --size 512 384 --no-tam \
+        --out benchmarks/results/localization-tiles-5.md
 
-For each scene the model describes the image, and every explainer explains that answer. Object words that name an
-object of the scene give Obj-IoU (Otsu threshold against the object's visible mask) and pointing accuracy (the map's
-maximum lies in the mask); function words give Func-IoU (share of the map below the mean Otsu threshold of the answer's
-object words, maps on one common scale); F1-IoU is the harmonic mean of the two means. Intervals are 95 % percentile
-bootstrap intervals over scenes.
+The model describes each scene, and every explainer explains that answer. Each object word that names an object of the
+scene gives Obj-IoU (the map above its Otsu threshold against the object's visible mask) and pointing (is the map's
+maximum inside the mask?). Each function word gives Func-IoU (the share of its map below the mean Otsu threshold of the
+answer's object words, all maps on one scale). F1-IoU is the harmonic mean of the means of Obj-IoU and Func-IoU.
+Intervals are 95 % percentile bootstrap intervals over scenes.
+
+Needs: the package only for the first command, about 20 minutes on one core; for the others, checkpoints that
+``train_demo.py`` trains with ``--world other`` and with ``--family internvl``.
+
+Prints: one table. The README's section "Where maps point" quotes the tables of all four commands.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import numpy as np
 import torch
 import typer
-from common import load_adapter
+from common import (
+    LOCALIZATION_SEED,
+    PROMPT,
+    Checkpoint,
+    Report,
+    Threads,
+    World,
+    format_interval,
+    load_adapter,
+    markdown_table,
+    weighted_interval,
+    world_named,
+    write_report,
+)
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from torch import Tensor
-from train_demo import WORLDS
 
 from captum_intramodal import ModelAdapter
 from captum_intramodal.demo import CHECKPOINT, Scene, compose
 from captum_intramodal.explainers import Explainer, make_explainer, shared_passes
-from captum_intramodal.metrics import bootstrap_interval, f1_iou, function_iou, object_iou, otsu_threshold, pointing_hit
+from captum_intramodal.metrics import (
+    Interval,
+    bootstrap_interval,
+    f1_iou,
+    function_iou,
+    object_iou,
+    otsu_threshold,
+    pointing_hit,
+)
 from captum_intramodal.models.hooks import evaluation_mode
 from captum_intramodal.text.spans import decode_pieces
 
-HELD_OUT = 2_000_000
-PROMPT = "describe the picture."
 FUNCTION_WORDS = {"the", "a", "an", "some", "and"}
-
-# What the model sees of tiles, of which more is no more, cut-outs show it.
+COLUMNS = ("Obj-IoU", "Func-IoU", "F1-IoU", "pointing")
+# Crops replace the scales at which a model with tiles gets no further detail.
 EXPLAINERS = {
     "logit lens": "logit_lens",
     "TAM": "tam",
@@ -48,10 +73,10 @@ EXPLAINERS = {
 }
 
 
-def score(
+def score_answer(
     maps: Tensor, words: Sequence[str], scene: Scene, classes: set[str]
 ) -> tuple[list[float], list[float], list[float]]:
-    """Obj-IoU and pointing of each object word, Func-IoU of each function word of one answer."""
+    """Compute Obj-IoU and pointing of each object word, and Func-IoU of each function word."""
     present = {item.name for item in scene.objects}
     objects, pointing, thresholds = [], [], []
     for word, values in zip(words, maps, strict=True):
@@ -69,7 +94,7 @@ def score(
     return objects, pointing, functions
 
 
-def evaluate(
+def score_scenes(
     adapter: ModelAdapter,
     explainers: dict[str, Explainer],
     count: int,
@@ -77,80 +102,61 @@ def evaluate(
     objects: tuple[int, int],
     size: tuple[int, int],
 ) -> dict[str, np.ndarray]:
-    """Per explainer an array (scenes, 6): the means of Obj-IoU, pointing and Func-IoU, then the numbers of words."""
-    classes, sprites = WORLDS[world]
+    """Return per explainer an array (scenes, 6): means of Obj-IoU, pointing and Func-IoU, then the word counts."""
+    classes, sprites = world_named(world)
     rows: dict[str, list[list[float]]] = {name: [] for name in explainers}
     with shared_passes(explainers.values()):
         for index in track(range(count), description="Explaining"):
-            scene = compose(HELD_OUT + index, size, objects, classes, sprites)
+            scene = compose(LOCALIZATION_SEED + index, size, objects, classes, sprites)
             with evaluation_mode(adapter.model):
                 answer_ids = adapter.generate(adapter.prepare([scene.image], PROMPT))
             answer, spans = decode_pieces(adapter.tokenizer, answer_ids)
             words = [answer[start:end].strip() for start, end in spans]
             for name, explainer in explainers.items():
                 (maps,) = explainer(adapter, [scene.image], PROMPT, answer_ids)
-                scores = score(maps, words, scene, set(classes))
+                scores = score_answer(maps, words, scene, set(classes))
                 rows[name].append([float(np.mean(s)) if s else 0.0 for s in scores] + [float(len(s)) for s in scores])
     return {name: np.array(values) for name, values in rows.items()}
 
 
-def summarize(values: np.ndarray) -> dict[str, tuple[float, float, float]]:
-    """Estimate and interval of each metric; words count equally, scenes are resampled."""
-    obj, point, func, n_obj, n_point, n_func = values.T
-
-    def weighted(mean: np.ndarray, number: np.ndarray, axis: int) -> Any:
-        return (mean * number).sum(axis) / number.sum(axis).clip(1e-9)
-
-    def f1(o: np.ndarray, f: np.ndarray, a: np.ndarray, b: np.ndarray, axis: int = -1) -> Any:
-        return f1_iou(o, f, a, b, axis=axis)
-
-    def mean(x: np.ndarray, number: np.ndarray, axis: int = -1) -> Any:
-        return weighted(x, number, axis)
-
+def summarize(values: np.ndarray) -> dict[str, Interval]:
+    """Compute each metric's interval. Words count equally; scenes are resampled."""
+    objects, pointing, functions, n_objects, n_pointing, n_functions = values.T
     return {
-        "Obj-IoU": tuple(bootstrap_interval(np.stack([obj, n_obj], 1), mean)),
-        "Func-IoU": tuple(bootstrap_interval(np.stack([func, n_func], 1), mean)),
-        "F1-IoU": tuple(bootstrap_interval(np.stack([obj, func, n_obj, n_func], 1), f1)),
-        "pointing": tuple(bootstrap_interval(np.stack([point, n_point], 1), mean)),
+        "Obj-IoU": weighted_interval(objects, n_objects),
+        "Func-IoU": weighted_interval(functions, n_functions),
+        "F1-IoU": bootstrap_interval(np.stack([objects, functions, n_objects, n_functions], 1), f1_iou),
+        "pointing": weighted_interval(pointing, n_pointing),
     }
 
 
 def main(
-    model: Annotated[Path, typer.Option(help="Checkpoint directory.")] = CHECKPOINT,
-    world: Annotated[str, typer.Option(help="'demo', or 'other': words and sprites the demo has never seen.")] = "demo",
-    scenes: Annotated[int, typer.Option(min=1)] = 200,
+    model: Checkpoint = CHECKPOINT,
+    world: World = "demo",
+    scenes: Annotated[int, typer.Option(min=1, help="Number of scenes.")] = 200,
     objects: Annotated[tuple[int, int], typer.Option(help="Fewest and most objects per scene.")] = (2, 4),
     size: Annotated[tuple[int, int], typer.Option(help="Width and height of the scenes in pixels.")] = (256, 192),
-    tam: Annotated[bool, typer.Option(help="TAM too, which needs one grid of tokens: no tiles.")] = True,
-    out: Annotated[
-        Path | None, typer.Option(help="Write the table as Markdown, and the figures as JSON beside it.")
-    ] = None,
-    threads: int = 1,
+    tam: Annotated[bool, typer.Option(help="Include TAM, which needs one grid of tokens, so no tiles.")] = True,
+    out: Report = None,
+    threads: Threads = 1,
 ) -> None:
-    if world not in WORLDS:
-        raise typer.BadParameter(f"There is no world {world}; there are {', '.join(WORLDS)}.")
+    world_named(world)  # A wrong name fails before the model is loaded.
     adapter = load_adapter(model, threads)
     explainers = {name: make_explainer(spec) for name, spec in EXPLAINERS.items() if tam or not spec.startswith("tam")}
-    results = evaluate(adapter, explainers, scenes, world, objects, size)
+    results = score_scenes(adapter, explainers, scenes, world, objects, size)
     summaries = {name: summarize(values) for name, values in results.items()}
     words = int(next(iter(results.values()))[:, 3].sum())
     title = (
         f"{scenes} held-out scenes of the {world} world, {size[0]} x {size[1]} pixels, {objects[0]} to {objects[1]} "
         f"objects, {words} object words"
     )
-    columns = ("Obj-IoU", "Func-IoU", "F1-IoU", "pointing")
-    table = Table("explainer", *columns, title=title)
-    lines = [f"{title}; 95 % bootstrap intervals over scenes.", "", f"| explainer | {' | '.join(columns)} |"]
-    lines.append("|---|" + "---|" * len(columns))
-    for name, summary in summaries.items():
-        cells = ["{:.3f} [{:.3f}, {:.3f}]".format(*summary[column]) for column in columns]
-        table.add_row(name, *cells)
-        lines.append(f"| {name} | {' | '.join(cells)} |")
+    rows = [[name, *(format_interval(summary[column]) for column in COLUMNS)] for name, summary in summaries.items()]
+    table = Table("explainer", *COLUMNS, title=title)
+    for row in rows:
+        table.add_row(*row)
     Console(width=150).print(table)
-    if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text("\n".join(lines) + "\n", encoding="utf-8")
-        out.with_suffix(".json").write_text(json.dumps(summaries, indent=1) + "\n", encoding="utf-8")
+    lines = [f"{title}; 95 % bootstrap intervals over scenes.", "", *markdown_table(("explainer", *COLUMNS), rows)]
+    write_report(out, "\n".join(lines) + "\n", summaries)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,15 @@
-r"""How much the options of MSEA and ARC matter: each one changed alone, around the defaults.
+r"""How much do the options of MSEA and ARC matter? Each option is varied alone, with the others at their defaults.
 
-    python benchmarks/sensitivity.py --out RUN                            # the demo model, 100 scenes
+    python benchmarks/sensitivity.py --data "scenes:count=40" --out RUN --report benchmarks/results/sensitivity.md
     python benchmarks/sensitivity.py --model DIRECTORY --data "scenes:..." --out RUN
 
-Every setting is an explainer of one evaluation (``captum-intramodal evaluate``), whose table, tests and records are in
-``RUN``; a killed run goes on. ``--report FILE.md`` writes the table by option, and beside it a plot.
+Each setting is an explainer of one evaluation (``captum-intramodal evaluate``), whose table, tests and records are in
+``RUN``. A stopped run resumes if it is started again.
+
+Needs: the package only (the demo checkpoint is part of it); MINUTES.
+
+Prints: one table with a row per option and value, and the metrics' means with 95 % bootstrap intervals over scenes.
+``--report`` writes it, with a plot of the same name beside it. The README quotes ``results/sensitivity.md``.
 """
 
 from __future__ import annotations
@@ -14,7 +19,16 @@ from typing import Annotated
 
 import matplotlib.pyplot as plt
 import typer
-from common import load_model
+from common import (
+    Checkpoint,
+    Threads,
+    column_heading,
+    draw_interval,
+    format_interval,
+    load_model,
+    markdown_table,
+    write_report,
+)
 from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn
 
 from captum_intramodal.demo import CHECKPOINT
@@ -23,7 +37,7 @@ from captum_intramodal.evaluation import Leaderboard, evaluate
 BASE = "msea+arc"
 SCALES = ("[1,1.5,2]", "[1]", "[1,1.5]", "[1,2]", "[1.5,2]", "[2]", "[0.75,1,1.5]", "[1,1.25,1.5,1.75,2]",
           "[0.5,1,1.5,2]", "[1,1.5,2,2.5,3]")  # fmt: skip
-# Option -> its values; those of the default come first.
+# By option its values; the default comes first.
 SWEEP: dict[str, tuple[str, ...]] = {
     "scales": SCALES,
     "aggregation": ("mean", "max", "geometric_mean"),
@@ -37,12 +51,14 @@ SWEEP: dict[str, tuple[str, ...]] = {
     "least_squares": ("true", "false"),
     "strength": ("1.0", "0.25", "0.5", "0.75"),
 }  # fmt: skip
-# What stands beside them: the base without parts, and the filter.
-MARKS = ("logit_lens", "msea", "arc", "tam", "tam:filter=false")
+# For comparison: the base without some of its parts, and TAM with and without its filter.
+REFERENCES = ("logit_lens", "msea", "arc", "tam", "tam:filter=false")
+# Columns of the leaderboard that are left out here.
+OMITTED = ("obj_iou", "func_iou", "aopc")
 
 
 def specs() -> dict[str, list[tuple[str, str]]]:
-    """Per option the values and their explainers; a default is the base itself."""
+    """Return by option its values and their explainers; a default is the base itself."""
     return {
         option: [(value, BASE if value == values[0] else f"{BASE}:{option}={value}") for value in values]
         for option, values in SWEEP.items()
@@ -50,8 +66,8 @@ def specs() -> dict[str, list[tuple[str, str]]]:
 
 
 def draw(board: Leaderboard, columns: list[str], file: Path) -> None:
-    """A row per column of the table, a panel per option, a dot with its interval per value."""
-    chosen = {column.name: column for column in board.columns}
+    """Draw a row of panels per metric, a panel per option, and a dot with its interval per value."""
+    headings = {column.name: column_heading(column) for column in board.columns}
     figure, axes = plt.subplots(
         len(columns), len(SWEEP), figsize=(1.9 * len(SWEEP), 2.0 * len(columns)), squeeze=False, sharey="row",
         gridspec_kw={"width_ratios": [2 + len(values) for values in SWEEP.values()]},
@@ -59,48 +75,43 @@ def draw(board: Leaderboard, columns: list[str], file: Path) -> None:
     for number, (row, name) in enumerate(zip(axes, columns, strict=True)):
         for axis, (option, values) in zip(row, specs().items(), strict=True):
             for x, (_, spec) in enumerate(values):
-                estimate, low, high = board.rows[spec][name].interval
-                color = "tab:orange" if spec == BASE else "tab:blue"
-                axis.errorbar(x, estimate, [[estimate - low], [high - estimate]], fmt="o", color=color, markersize=4)
-            axis.set_xticks(
-                range(len(values)), [v for v, _ in values] if number == len(columns) - 1 else [], rotation=90
-            )
+                draw_interval(axis, x, board.rows[spec][name].interval, highlighted=spec == BASE)
+            labels = [value for value, _ in values] if number == len(columns) - 1 else []
+            axis.set_xticks(range(len(values)), labels, rotation=90)
             axis.tick_params(labelsize=6)
             axis.margins(x=0.1)
             if number == 0:
                 axis.set_title(option, fontsize=8)
-        row[0].set_ylabel(f"{chosen[name].title} {'↑' if chosen[name].higher_is_better else '↓'}", fontsize=8)
+        row[0].set_ylabel(headings[name], fontsize=8)
     figure.tight_layout()
     figure.savefig(file, dpi=130)
     plt.close(figure)
 
 
 def table(board: Leaderboard, columns: list[str]) -> str:
-    titles = [f"{c.title} {'↑' if c.higher_is_better else '↓'}" for c in board.columns if c.name in columns]
-    lines = [f"| option | value | {' | '.join(titles)} |", f"|---|---|{'---|' * len(titles)}"]
-    marks = [("", [(spec, spec) for spec in MARKS])]
-    for option, values in [*marks, *specs().items()]:
+    """Return the Markdown table: references first, then each option with its values."""
+    headings = [column_heading(column) for column in board.columns if column.name in columns]
+    references = [("", [(spec, spec) for spec in REFERENCES])]
+    rows = []
+    for option, values in [*references, *specs().items()]:
         for index, (value, spec) in enumerate(values):
-            if index or option == "scales" or not option:  # The defaults once.
-                cells = [f"{i.estimate:.3f} [{i.low:.3f}, {i.high:.3f}]" for i in
-                         (board.rows[spec][name].interval for name in columns)]  # fmt: skip
-                shown = value if index or not option else f"{value}, the default of this table"
-                lines.append(f"| {option} | {shown} | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+            if index or option in ("", "scales"):  # The base has one row only.
+                label = value if index or not option else f"{value}, the default of this table"
+                rows.append([option, label, *(format_interval(board.rows[spec][name].interval) for name in columns)])
+    return "\n".join(markdown_table(["option", "value", *headings], rows)) + "\n"
 
 
 def main(
     out: Annotated[Path, typer.Option(help="Directory of the run.")],
-    model: Annotated[Path, typer.Option(help="Checkpoint directory.")] = CHECKPOINT,
-    data: str = "scenes:count=100",
-    metrics: str = "f1_iou pointing",
-    fractions: str = "0,0.01,0.02,0.05,0.1,0.2",
-    report: Annotated[Path | None, typer.Option(help="Markdown to write, and a .png beside it.")] = None,
-    threads: int = 1,
+    model: Checkpoint = CHECKPOINT,
+    data: Annotated[str, typer.Option(help="Data set, as in captum-intramodal evaluate.")] = "scenes:count=100",
+    metrics: Annotated[str, typer.Option(help="Metrics, separated by spaces.")] = "f1_iou pointing",
+    fractions: Annotated[str, typer.Option(help="Removed fractions of the image.")] = "0,0.01,0.02,0.05,0.1,0.2",
+    report: Annotated[Path | None, typer.Option(help="Markdown file to write, with a plot beside it.")] = None,
+    threads: Threads = 1,
 ) -> None:
-    explainers = list(dict.fromkeys([BASE, *MARKS, *(spec for values in specs().values() for _, spec in values)]))
-    bar = Progress(*Progress.get_default_columns(), MofNCompleteColumn(), TimeElapsedColumn())
-    with bar:
+    explainers = list(dict.fromkeys([BASE, *REFERENCES, *(spec for values in specs().values() for _, spec in values)]))
+    with Progress(*Progress.get_default_columns(), MofNCompleteColumn(), TimeElapsedColumn()) as bar:
         task = bar.add_task("Evaluating")
         board = evaluate(
             *load_model(model, threads),
@@ -113,12 +124,11 @@ def main(
             progress=lambda done, total: bar.update(task, completed=done, total=total),
         )
     if board is None:
-        raise SystemExit("Another process is at work in this directory.")
-    columns = [column.name for column in board.columns if column.name not in ("obj_iou", "func_iou", "aopc")]
+        raise SystemExit(f"Another process is evaluating in {out}. Wait for it, or choose another --out.")
+    columns = [column.name for column in board.columns if column.name not in OMITTED]
+    write_report(report, table(board, columns))
     if report is not None:
-        report.parent.mkdir(parents=True, exist_ok=True)
         draw(board, columns, report.with_suffix(".png"))
-        report.write_text(table(board, columns), encoding="utf-8")
     print(table(board, columns))
 
 

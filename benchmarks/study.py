@@ -1,12 +1,18 @@
-r"""Which of MSEA and ARC improves which metric by how much: the runs of the study, and its report.
+r"""Which of MSEA and ARC improves which metric, and by how much? The runs of the study, and its report.
 
     python benchmarks/study.py demo hard demo_many hard_many wide --out RUNS            # the demo model
     python benchmarks/study.py llava llava_many llava_places --out RUNS --llava CHECKPOINT --sprites SPRITES
     python benchmarks/study.py demo hard ... --out RUNS ... --report benchmarks/results/study.md
 
-``CHECKPOINT`` and ``SPRITES`` are what ``benchmarks/train_llava.py`` makes. Each run is an evaluation
-(``captum-intramodal evaluate``) in ``RUNS/<name>``, where its leaderboard, page, tests of all pairs and records are; a
-killed run goes on. ``--report`` writes the tables of the runs that it is given, and beside them a plot.
+Each run is an evaluation (``captum-intramodal evaluate``) in ``RUNS/<name>``, which holds its leaderboard, page, tests
+of all pairs and records. A stopped run resumes if it is started again.
+
+Needs: the package only for the demo's runs; for the LLaVA's, ``CHECKPOINT`` and ``SPRITES`` from ``train_llava.py``.
+MINUTES
+
+Prints: per run the tables of all values, and of the paired differences between the first explainer and TAM, TAM without
+its filter, and the logit lens. ``--report`` writes the tables of the given runs, with a plot beside it. The README
+quotes ``results/study.md``.
 """
 
 from __future__ import annotations
@@ -19,26 +25,27 @@ from typing import Annotated
 import matplotlib.pyplot as plt
 import torch
 import typer
+from common import Threads, column_heading, draw_interval, format_interval, markdown_table, write_report
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from captum_intramodal.demo import CHECKPOINT
-from captum_intramodal.evaluation import Leaderboard, evaluate
+from captum_intramodal.evaluation import Column, Leaderboard, evaluate
 
-PLACES = "f1_iou tam_iou pointing energy average_precision"
-ALL = f"{PLACES} insertion deletion road"
-# Objects cover a few percent of an image: what matters happens there.
+LOCALIZATION_METRICS = "f1_iou tam_iou pointing energy average_precision"
+ALL_METRICS = f"{LOCALIZATION_METRICS} insertion deletion road"
+# Objects cover a few percent of an image, so most of the effect lies in small fractions.
 FRACTIONS = (0, 0.01, 0.02, 0.05, 0.1, 0.2)
 LARGER = "interpolate_pos_encoding=true"
 
 
 @dataclass(frozen=True)
 class Run:
-    """One evaluation; what it is compared in the report with are TAM as published and its better variant."""
+    """One evaluation: its title in the report, and the options of ``captum-intramodal evaluate``."""
 
     title: str
     data: str
     explainers: str
-    metrics: str = ALL
+    metrics: str = ALL_METRICS
     llava: bool = False
 
 
@@ -70,7 +77,7 @@ RUNS = {
         "scenes:count=8,objects=[2,4]",
         "msea+arc logit_lens tam:filter=false attention attention_rollout attention_x_gradient grad_cam "
         "llava_cam:samples=4 input_x_gradient integrated_gradients:n_steps=8 occlusion greedy:cells=4 random "
-        "centre_gaussian",
+        "center_gaussian",
     ),
     "llava": Run(
         "LLaVA of pretrained parts (DINOv2, SmolLM2), 112 pixels",
@@ -91,7 +98,7 @@ RUNS = {
         f"msea+arc:{LARGER} logit_lens msea:{LARGER} msea:crops=true arc msea+arc:crops=true arc:weighting=uniform "
         "arc:weighting=text_activation tam tam:filter=false logit_lens:layer=28 "
         "logit_lens:method=layer_gradient_x_activation attention random center_gaussian",
-        PLACES,
+        LOCALIZATION_METRICS,
         llava=True,
     ),
 }
@@ -101,7 +108,7 @@ Made by `python benchmarks/study.py demo hard demo_many hard_many wide --out RUN
 llava_many llava_places --out RUNS --llava CHECKPOINT --sprites SPRITES` with what `python benchmarks/train_llava.py` \
 makes, and `--report`. The models' own answers; means over words with 95 % bootstrap intervals over scenes; \
 differences are paired, p is that of a paired permutation test (10,000 swaps). Insertion, deletion and ROAD: of the \
-object words' probabilities, at 0, 1, 2, 5, 10 and 20 % of the image. What it means is in the README.
+object words' probabilities, at 0, 1, 2, 5, 10 and 20 % of the image. The README interprets it.
 
 ![All figures](study.png)
 """
@@ -109,34 +116,41 @@ SHOWN = ("f1_iou", "pointing", "average_precision", "insertion", "deletion", "ro
 RIVALS = ("tam", "tam:filter=false", "logit_lens")
 
 
-def section(run: Run, board: Leaderboard, manifest: dict[str, object]) -> str:
-    """Tables: the values, and the first explainer less its rivals."""
+def section(run: Run, board: Leaderboard, coverage: dict[str, object]) -> str:
+    """Return one run's tables: all values, and the first explainer minus its rivals."""
     columns = [column for column in board.columns if column.name in SHOWN]
-    titles = [f"{column.title} {'↑' if column.higher_is_better else '↓'}" for column in columns]
-    lines = [
-        f"## {run.title}", "", f"`--data \"{run.data}\"`, {board.coverage.samples} scenes, coverage "
-        f"{json.dumps({k: v for k, v in manifest['coverage'].items() if k != 'skipped'})}.",  # type: ignore[attr-defined]
-        "", f"| explainer | {' | '.join(titles)} |", "|---|" + "---|" * len(columns),
-    ]  # fmt: skip
-    for label, row in board.rows.items():
-        cells = ["–" if c.name not in row else "{:.3f} [{:.3f}, {:.3f}]".format(*row[c.name].interval) for c in columns]
-        lines.append(f"| {label} | {' | '.join(cells)} |")
+    headings = [column_heading(column) for column in columns]
+    values = [
+        [label, *("–" if c.name not in row else format_interval(row[c.name].interval) for c in columns)]
+        for label, row in board.rows.items()
+    ]
     first = next(iter(board.rows))
-    found = {(pair.first, pair.second, pair.column): pair for pair in board.pairs}
-    lines += ["", f"| {first} less | {' | '.join(titles)} |", "|---|" + "---|" * len(columns)]
-    for rival in (rival for rival in RIVALS if rival in board.rows):
-        cells = []
-        for column in columns:
-            pair = found.get((first, rival, column.name))
-            cells.append("–" if pair is None else "{:+.3f} [{:+.3f}, {:+.3f}]".format(*pair.difference) +
-                         f", p {pair.p:.4f}")  # fmt: skip
-        lines.append(f"| {rival} | {' | '.join(cells)} |")
-    skipped = [f"{label}: {reason} ({count})" for label, reasons in board.coverage.skipped.items()
-               for reason, count in reasons.items()]  # fmt: skip
+    described = json.dumps({key: value for key, value in coverage.items() if key != "skipped"})
+    lines = [f"## {run.title}", ""]
+    lines += [f'`--data "{run.data}"`, {board.coverage.samples} scenes, coverage {described}.', ""]
+    lines += [*markdown_table(["explainer", *headings], values), ""]
+    lines += markdown_table([f"{first} minus", *headings], difference_rows(board, first, columns))
+    skipped = [
+        f"{label}: {reason} ({count})"
+        for label, reasons in board.coverage.skipped.items()
+        for reason, count in reasons.items()
+    ]
     return "\n".join([*lines, *(["", f"Left out: {'; '.join(skipped)}"] if skipped else []), ""])
 
 
+def difference_rows(board: Leaderboard, first: str, columns: list[Column]) -> list[list[str]]:
+    """Return per rival the paired differences to the first explainer, with p values."""
+    pairs = {(pair.first, pair.second, pair.column): pair for pair in board.pairs}
+    rows = []
+    for rival in (rival for rival in RIVALS if rival in board.rows):
+        found = [pairs.get((first, rival, column.name)) for column in columns]
+        cells = ["–" if pair is None else f"{format_interval(pair.difference, '+')}, p {pair.p:.4f}" for pair in found]
+        rows.append([rival, *cells])
+    return rows
+
+
 def draw(boards: dict[str, Leaderboard], file: Path) -> None:
+    """Draw a row of panels per run, a panel per metric, and a dot with its interval per explainer."""
     height = sum(0.6 + 0.19 * len(board.rows) for board in boards.values())
     figure, axes = plt.subplots(
         len(boards), len(SHOWN), figsize=(2.1 * len(SHOWN) + 1.6, height), squeeze=False,
@@ -150,10 +164,8 @@ def draw(boards: dict[str, Leaderboard], file: Path) -> None:
                 continue
             for y, label in enumerate(labels):
                 if column in board.rows[label]:
-                    estimate, low, high = board.rows[label][column].interval
-                    color = "tab:orange" if y == 0 else "tab:blue"
-                    axis.errorbar(estimate, -y, xerr=[[estimate - low], [high - estimate]], fmt="o", color=color,
-                                  markersize=3.5)  # fmt: skip
+                    interval = board.rows[label][column].interval
+                    draw_interval(axis, -y, interval, highlighted=y == 0, horizontal=True)
             axis.set_yticks([-y for y in range(len(labels))], labels if number == 0 else [])
             axis.tick_params(labelsize=6)
             axis.set_title(f"{name}: {column}" if number == 0 else column, fontsize=8)
@@ -162,43 +174,47 @@ def draw(boards: dict[str, Leaderboard], file: Path) -> None:
     plt.close(figure)
 
 
+def run_evaluation(name: str, out: Path, llava: Path | None, sprites: Path | None) -> Leaderboard:
+    """Run or resume one evaluation of the study."""
+    run = RUNS[name]
+    checkpoint, data = CHECKPOINT, run.data
+    if run.llava and llava is not None and sprites is not None:
+        classes = json.dumps(sorted(file.stem for file in sprites.glob("*.webp")), separators=(",", ":"))
+        checkpoint, data = llava, f"{data},sprites={sprites},classes={classes}"
+    model = AutoModelForImageTextToText.from_pretrained(checkpoint).eval()
+    processor = AutoProcessor.from_pretrained(checkpoint)
+    board = evaluate(
+        model, processor, data, out, run.explainers.split(), run.metrics.split(),
+        answers="model", fractions=FRACTIONS, progress=lambda done, total: print(f"{done} of {total}", end="\r"),
+    )  # fmt: skip
+    if board is None:
+        raise SystemExit(f"Another process is evaluating in {out}. Wait for it, or choose another --out.")
+    return board
+
+
 def main(
-    names: Annotated[list[str], typer.Argument(help=f"Of {', '.join(RUNS)}.")],
+    names: Annotated[list[str], typer.Argument(help=f"Runs, of {', '.join(RUNS)}.")],
     out: Annotated[Path, typer.Option(help="Directory of the runs.")],
     llava: Annotated[Path | None, typer.Option(help="Checkpoint of benchmarks/train_llava.py.")] = None,
     sprites: Annotated[Path | None, typer.Option(help="Its sprites.")] = None,
-    report: Annotated[Path | None, typer.Option(help="Markdown to write, and a .png beside it.")] = None,
-    threads: int = 1,
+    report: Annotated[Path | None, typer.Option(help="Markdown file to write, with a plot beside it.")] = None,
+    threads: Threads = 1,
 ) -> None:
     if unknown := [name for name in names if name not in RUNS]:
-        raise SystemExit(f"There is no run {', '.join(unknown)}; there are {', '.join(RUNS)}.")
+        raise typer.BadParameter(f"There is no run {', '.join(unknown)}; choose from {', '.join(RUNS)}.")
+    if (llava is None or sprites is None) and (missing := [name for name in names if RUNS[name].llava]):
+        raise typer.BadParameter(f"{', '.join(missing)}: pass --llava and --sprites.")
     torch.set_num_threads(threads)
     boards: dict[str, Leaderboard] = {}
     sections = []
     for name in names:
-        run = RUNS[name]
-        if run.llava and (llava is None or sprites is None):
-            raise SystemExit(f"{name} needs --llava and --sprites.")
-        checkpoint, data = CHECKPOINT if llava is None or not run.llava else llava, run.data
-        if run.llava and sprites is not None:
-            classes = json.dumps(sorted(file.stem for file in sprites.glob("*.webp")), separators=(",", ":"))
-            data += f",sprites={sprites},classes={classes}"
-        model = AutoModelForImageTextToText.from_pretrained(checkpoint).eval()
-        processor = AutoProcessor.from_pretrained(checkpoint)
-        board = evaluate(
-            model, processor, data, out / name, run.explainers.split(), run.metrics.split(),
-            answers="model", fractions=FRACTIONS, progress=lambda done, total: print(f"{done} of {total}", end="\r"),
-        )  # fmt: skip
-        if board is None:
-            raise SystemExit(f"Another process is at work in {out / name}.")
-        boards[name] = board
+        boards[name] = run_evaluation(name, out / name, llava, sprites)
         manifest = json.loads((out / name / "manifest.json").read_text(encoding="utf-8"))
-        sections.append(section(run, board, manifest))
+        sections.append(section(RUNS[name], boards[name], manifest["coverage"]))
         print(sections[-1])
     if report is not None:
-        report.parent.mkdir(parents=True, exist_ok=True)
+        write_report(report, "\n".join([HEADING.replace("study.png", f"{report.stem}.png"), *sections]))
         draw(boards, report.with_suffix(".png"))
-        report.write_text("\n".join([HEADING.replace("study.png", f"{report.stem}.png"), *sections]), encoding="utf-8")
 
 
 if __name__ == "__main__":

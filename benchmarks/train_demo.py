@@ -1,19 +1,28 @@
-r"""Trains the demo model from scratch on two CPU cores and writes it as a Hugging Face checkpoint.
+r"""Train the demo model from scratch on two CPU cores, and write it as a Hugging Face checkpoint.
 
     python benchmarks/train_demo.py --work /tmp/demo-run --out captum_intramodal/demo/checkpoint
+    python benchmarks/train_demo.py --world other --work /tmp/other-run --out OTHER
+    python benchmarks/train_demo.py --family internvl --start-from captum_intramodal/demo/checkpoint --steps 4600 \
+        --learning-rate 0.001 --work /tmp/internvl-run --out INTERNVL
 
-A small ``Qwen2VLForConditionalGeneration`` (3 M parameters) learns three tasks on composed images: describe the
-image, say what is left / right / above / below of an object, say whether an object is there. The loss is the
-cross-entropy of the answers plus an image-level multiple-instance loss: the log-mean-exp over the visual positions of
-each object word's logit must tell whether that object is in the picture. No mask is used. Without that second loss the
-last layer's visual positions receive no gradient and their logit lens is noise; it stands in for the pretraining that
-gives full-size models meaningful logits there.
+A small ``Qwen2VLForConditionalGeneration`` (3 M parameters) learns three tasks on composed images: describe the image,
+name the object left of, right of, above or below another, and answer whether an object is there. The loss is the
+cross-entropy of the answers plus a multiple-instance loss per image: the log-mean-exp of each object word's logit over
+the visual positions has to predict whether that object is in the image. No mask is used. Without the second loss, the
+last layer's visual positions would get no gradient and their logit lens would be noise; it replaces the pretraining
+that makes these logits meaningful in full-size models.
 
-Each training sequence holds the image once and several questions after it, each of which sees only the image and
-itself, at the positions it would have alone: exactly the single-turn model at a third of the cost.
+Each training sequence has the image once, followed by several questions. Each question attends to the image and to
+itself only, at the positions that it would have alone. So the model is trained as for single questions, at a third of
+the cost.
 
-The run is resumable: started again with the same ``--work``, it goes on from its last checkpoint; every batch follows
-from the seed and its step number alone.
+A stopped run resumes if it is started again with the same ``--work``. Each batch depends only on the seed and its step.
+
+Needs: the package only. The demo took about three and a half hours on one core, the InternVL one hour; a second core
+composes the scenes.
+
+Prints: both losses and the seconds per step, also to ``log.jsonl`` in ``--work``. ``demo_model_card.md`` and the
+README's section "Where maps point" quote the commands and the times.
 """
 
 from __future__ import annotations
@@ -23,12 +32,13 @@ import math
 import time
 from pathlib import Path
 from types import MethodType
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 import typer
+from common import WORLDS, Threads, World, save_atomically, warm_up_and_cosine, world_named
 from tokenizers import Tokenizer, decoders, normalizers, pre_tokenizers
 from tokenizers.models import WordLevel
 from torch import Tensor, nn
@@ -50,7 +60,7 @@ from transformers import (
 )
 from transformers.models.qwen2_vl.modeling_qwen2_vl import apply_rotary_pos_emb_vision
 
-from captum_intramodal.demo.scenes import CLASSES, COLORS, SPRITES, Question, compose
+from captum_intramodal.demo.scenes import COLORS, Question, Scene, compose
 
 PATCH, MERGE = 16, 2
 TOKEN = PATCH * MERGE
@@ -63,20 +73,14 @@ SPECIAL = {
         "<pad>", "<unk>", "<|im_start|>", "<|im_end|>", "<img>", "</img>", "<IMG_CONTEXT>", "<video>",
     ),
 }  # fmt: skip
-# The InternVL-type model sees an image as square tiles of this side and a thumbnail, a small one as one tile.
+# The InternVL-type model takes an image as square tiles of this side and a thumbnail, a small image as one tile.
 TILE, MAX_TILES = 192, 4
-# Low: a sequence has a few hundred positions. One for both families, so that one's language model fits the other.
+# Low, because sequences are short. The same for both families, so that they can share a language model.
 ROPE_THETA = 20.0
 WORDS = (
-    "user assistant system describe the this image image what is in do you see ? . , shows a an some and left right "
+    "user assistant system describe the this picture image what is in do you see ? . , shows a an some and left right "
     "above below of there yes no nothing"
 ).split()
-# Words of a second world (``--world other``): the same architecture that has never seen the demo's words or sprites.
-OTHER_CLASSES = (
-    "fox", "penguin", "duck", "fish", "butterfly", "carrot", "strawberry", "watermelon", "cookie", "airplane",
-    "tractor", "train", "camera", "phone", "crown", "mushroom",
-)  # fmt: skip
-WORLDS = {"demo": (CLASSES, SPRITES), "other": (OTHER_CLASSES, Path(__file__).parent / "sprites")}
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }} "
     "{% if message['content'] is string %}{{ message['content'] }}"
@@ -90,15 +94,11 @@ MEAN, STD = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
 
 
 def build_tokenizer(classes: tuple[str, ...], family: str = "qwen2_vl") -> PreTrainedTokenizerFast:
+    """Build a tokenizer with one token per word."""
     special = SPECIAL[family]
     vocabulary = {word: index for index, word in enumerate((*special, *WORDS, *COLORS, *classes))}
-    named = {}
-    if family == "internvl":
-        named = dict(
-            zip(
-                ("start_image_token", "end_image_token", "context_image_token", "video_token"), special[4:], strict=True
-            )
-        )
+    names = ("start_image_token", "end_image_token", "context_image_token", "video_token")
+    named = dict(zip(names, special[4:], strict=True)) if family == "internvl" else {}
     tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.normalizer = normalizers.Lowercase()
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -116,6 +116,7 @@ def build_tokenizer(classes: tuple[str, ...], family: str = "qwen2_vl") -> PreTr
 
 
 def text_config(tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
+    """Return the language model's configuration, which both families share."""
     token = tokenizer.convert_tokens_to_ids
     return dict(
         vocab_size=len(tokenizer),
@@ -134,13 +135,14 @@ def text_config(tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
 
 @torch.no_grad()
 def coarsen_filters(weight: Tensor) -> None:
-    """Starts from low-frequency patch filters: those of a quarter of the patches' side, enlarged."""
+    """Initialize patch filters with low frequencies: random ones of a quarter of the side, enlarged."""
     coarse = torch.randn(*weight.shape[:2], PATCH // 4, PATCH // 4) * 0.05
     fine = F.interpolate(coarse, size=(PATCH, PATCH), mode="nearest") / 4
     weight.copy_(fine.unsqueeze(2).expand_as(weight) if weight.ndim == 5 else fine)
 
 
 def build_internvl_processor(tokenizer: PreTrainedTokenizerFast) -> InternVLProcessor:
+    """Build the InternVL-type model's processor, which splits images into tiles."""
     shared: dict[str, Any] = dict(
         size={"height": TILE, "width": TILE},
         crop_to_patches=True,
@@ -158,6 +160,7 @@ def build_internvl_processor(tokenizer: PreTrainedTokenizerFast) -> InternVLProc
 
 
 def build_internvl(tokenizer: PreTrainedTokenizerFast) -> InternVLForConditionalGeneration:
+    """Build an untrained InternVL-type model."""
     token = tokenizer.convert_tokens_to_ids
     config = InternVLConfig(
         text_config=dict(
@@ -191,10 +194,10 @@ def build_internvl(tokenizer: PreTrainedTokenizerFast) -> InternVLForConditional
 
 @torch.no_grad()
 def adopt_parts(model: InternVLForConditionalGeneration, demo: Qwen2VLForConditionalGeneration) -> None:
-    """The demo's language model and vision blocks. Position embeddings and projector are left to be learnt."""
+    """Copy the demo's language model and vision blocks. Position embeddings and projector remain to be learned."""
     model.model.language_model.load_state_dict(demo.model.language_model.state_dict())
     tower, visual = model.model.vision_tower, demo.model.visual
-    # Of an image the demo's filters see two equal frames.
+    # The demo's filters span two frames, which are equal for an image.
     tower.embeddings.patch_embeddings.projection.weight.copy_(visual.patch_embed.proj.weight.sum(2))
     for layer, block in zip(tower.encoder.layer, visual.blocks, strict=True):
         attention = layer.attention
@@ -210,6 +213,7 @@ def adopt_parts(model: InternVLForConditionalGeneration, demo: Qwen2VLForConditi
 
 
 def build_processor(tokenizer: PreTrainedTokenizerFast) -> Qwen2VLProcessor:
+    """Build the demo model's processor."""
     shared: dict[str, Any] = dict(
         patch_size=PATCH,
         merge_size=MERGE,
@@ -229,6 +233,7 @@ def build_processor(tokenizer: PreTrainedTokenizerFast) -> Qwen2VLProcessor:
 
 
 def build_model(tokenizer: PreTrainedTokenizerFast) -> Qwen2VLForConditionalGeneration:
+    """Build an untrained demo model."""
     token = tokenizer.convert_tokens_to_ids
     rope = {"rope_type": "default", "rope_theta": ROPE_THETA, "mrope_section": [4, 6, 6]}
     vision = dict(
@@ -249,15 +254,25 @@ def build_model(tokenizer: PreTrainedTokenizerFast) -> Qwen2VLForConditionalGene
         vision_end_token_id=token("<|vision_end|>"),
         tie_word_embeddings=True,
     )
-    # Eager: on CPU the backward pass of fused bf16 attention takes as long as all the rest together.
+    # On a CPU, the backward pass of fused attention in bf16 would take half of the time.
     config._attn_implementation = "eager"
     model = Qwen2VLForConditionalGeneration(config)
     coarsen_filters(model.model.visual.patch_embed.proj.weight)
     return model
 
 
+class Sequence(NamedTuple):
+    """Ids, which of their positions are trained, the number of each one's question (0 for the image), and positions
+    (3, ids)."""
+
+    ids: list[int]
+    trained: list[bool]
+    segments: list[int]
+    positions: np.ndarray
+
+
 class Batches(Dataset[dict[str, Tensor]]):
-    """One item is one training batch, a function of ``(seed, step)`` alone."""
+    """Training batches, each a function of ``(seed, step)`` alone."""
 
     def __init__(
         self, tokenizer: PreTrainedTokenizerFast, world: str, seed: int, steps: int, family: str = "qwen2_vl"
@@ -272,7 +287,7 @@ class Batches(Dataset[dict[str, Tensor]]):
         return self.steps
 
     def _layout(self, rng: np.random.Generator, progress: float) -> tuple[int, tuple[int, int], tuple[int, int]]:
-        """Batch size, image size in tokens and number of objects: small images early, large ones late."""
+        """Draw batch size, image size in tokens and number of objects: small images early, large ones late."""
         small, medium = 0.45 * (1 - progress) ** 2, 0.35 * (1 - progress) + 0.05
         kind = rng.random()
         if kind < small:
@@ -287,10 +302,11 @@ class Batches(Dataset[dict[str, Tensor]]):
         return 24, (int(rng.integers(5, 10)), int(rng.integers(5, 8))), (1, 5)
 
     def _segment(self, question: Question, rng: np.random.Generator) -> tuple[list[int], list[bool]]:
+        """Return the ids of a question and its answer, and which positions are trained."""
         prompt = question.prompt[:-1] if rng.random() < 0.2 else question.prompt
         ids = self.tokenizer(f"{prompt}<|im_end|><|im_start|>assistant")["input_ids"]
         answer = self.tokenizer(f"{question.answer}<|im_end|>")["input_ids"]
-        # A position is trained where its *next* token belongs to the answer.
+        # A position is trained if its next token belongs to the answer.
         return ids + answer, [False] * (len(ids) - 1) + [True] * len(answer) + [False]
 
     def __getitem__(self, step: int) -> dict[str, Tensor]:
@@ -300,26 +316,8 @@ class Batches(Dataset[dict[str, Tensor]]):
         if self.tiler is not None:
             tiles = self.tiler.get_number_of_image_patches(size[1], size[0])
             columns, rows, batch = TILE // TOKEN, tiles * TILE // TOKEN, batch // (2 if tiles == 1 else 5)
-        image_tokens = columns * rows
-        start, end, image = SPECIAL[self.family][4:7]
-        head = self.tokenizer(f"<|im_start|>user{start}")["input_ids"]
-        tail = self.tokenizer(end)["input_ids"]
-        image_id = self.tokenizer.convert_tokens_to_ids(image)
-        prefix = head + [image_id] * image_tokens + tail
-        after = len(head) + max(columns, rows)
-        grid_h, grid_w = np.divmod(np.arange(image_tokens), columns)
-        prefix_positions = np.concatenate(
-            [
-                np.tile(np.arange(len(head)), (3, 1)),
-                np.stack([np.zeros_like(grid_h), grid_h, grid_w]) + len(head),
-                np.full((3, 1), after),
-            ],
-            axis=1,
-        )
-        if self.tiler is not None:  # One position after another.
-            after = len(head) + image_tokens
-            prefix_positions = np.tile(np.arange(after + 1), (3, 1))
-        rows_out = []
+        prefix, prefix_positions = self._prefix(columns, rows)
+        sequences = []
         pixels = np.empty((batch, size[1], size[0], 3), np.uint8)
         present = np.zeros((batch, len(self.words)), np.float32)
         for index in range(batch):
@@ -330,43 +328,66 @@ class Batches(Dataset[dict[str, Tensor]]):
                 present[index, self.word_index[item.name]] = 1
                 if item.color:
                     present[index, self.word_index[item.color]] = 1
-            questions = [scene.describe_question(rng), scene.exists_question(rng, self.classes)]
-            questions += [q for q in (scene.relation_question(rng) for _ in range(8)) if q is not None]
-            ids, train, segment, position = list(prefix), [False] * len(prefix), [0] * len(prefix), [prefix_positions]
-            for number, question in enumerate(dict.fromkeys(questions), start=1):
-                part, mask = self._segment(question, rng)
-                position.append(np.tile(np.arange(len(part)) + after + 1, (3, 1)))
-                ids += part
-                train += mask
-                segment += [number] * len(part)
-            rows_out.append((ids, train, segment, np.concatenate(position, axis=1)))
-        length = max(len(ids) for ids, *_ in rows_out)
-        pad = self.tokenizer.pad_token_id
-        input_ids = torch.full((batch, length), pad)
-        trained = torch.zeros(batch, length, dtype=torch.bool)
-        segments = torch.full((batch, length), -1)
-        positions = torch.zeros(3, batch, length, dtype=torch.long)
-        for index, (ids, train, segment, position_ids) in enumerate(rows_out):
-            n = len(ids)
-            input_ids[index, :n] = torch.tensor(ids)
-            trained[index, :n] = torch.tensor(train)
-            segments[index, :n] = torch.tensor(segment)
-            positions[:, index, :n] = torch.from_numpy(position_ids)
+            sequences.append(self._sequence(scene, rng, prefix, prefix_positions))
         images = torch.from_numpy(pixels)
         if self.tiler is not None:
             images = self.tiler(list(images.permute(0, 3, 1, 2)), return_tensors="pt")["pixel_values"]
-        return {
-            "pixels": images,
-            "present": torch.from_numpy(present),
-            "input_ids": input_ids,
-            "trained": trained,
-            "segments": segments,
-            "positions": positions,
-        }
+        padded = pad_sequences(sequences, self.tokenizer.pad_token_id)
+        return {"pixels": images, "present": torch.from_numpy(present), **padded}
+
+    def _prefix(self, columns: int, rows: int) -> tuple[list[int], np.ndarray]:
+        """Return the ids up to the end of the image, and their positions (3, ids)."""
+        image_tokens = columns * rows
+        start, end, image = SPECIAL[self.family][4:7]
+        head = self.tokenizer(f"<|im_start|>user{start}")["input_ids"]
+        tail = self.tokenizer(end)["input_ids"]
+        ids = head + [self.tokenizer.convert_tokens_to_ids(image)] * image_tokens + tail
+        if self.tiler is not None:  # One position per token.
+            return ids, np.tile(np.arange(len(head) + image_tokens + 1), (3, 1))
+        grid_h, grid_w = np.divmod(np.arange(image_tokens), columns)
+        positions = [
+            np.tile(np.arange(len(head)), (3, 1)),
+            np.stack([np.zeros_like(grid_h), grid_h, grid_w]) + len(head),
+            np.full((3, 1), len(head) + max(columns, rows)),
+        ]
+        return ids, np.concatenate(positions, axis=1)
+
+    def _sequence(
+        self, scene: Scene, rng: np.random.Generator, prefix: list[int], prefix_positions: np.ndarray
+    ) -> Sequence:
+        """Return an image's sequence with several questions."""
+        questions = [scene.describe_question(rng), scene.exists_question(rng, self.classes)]
+        questions += [q for q in (scene.relation_question(rng) for _ in range(8)) if q is not None]
+        ids, trained, segments, positions = list(prefix), [False] * len(prefix), [0] * len(prefix), [prefix_positions]
+        first = int(prefix_positions[0, -1]) + 1
+        for number, question in enumerate(dict.fromkeys(questions), start=1):
+            part, mask = self._segment(question, rng)
+            positions.append(np.tile(np.arange(len(part)) + first, (3, 1)))
+            ids += part
+            trained += mask
+            segments += [number] * len(part)
+        return Sequence(ids, trained, segments, np.concatenate(positions, axis=1))
+
+
+def pad_sequences(sequences: list[Sequence], padding: int) -> dict[str, Tensor]:
+    """Stack sequences, padded on the right."""
+    batch, length = len(sequences), max(len(sequence.ids) for sequence in sequences)
+    input_ids = torch.full((batch, length), padding)
+    trained = torch.zeros(batch, length, dtype=torch.bool)
+    segments = torch.full((batch, length), -1)
+    positions = torch.zeros(3, batch, length, dtype=torch.long)
+    for index, sequence in enumerate(sequences):
+        n = len(sequence.ids)
+        input_ids[index, :n] = torch.tensor(sequence.ids)
+        trained[index, :n] = torch.tensor(sequence.trained)
+        segments[index, :n] = torch.tensor(sequence.segments)
+        positions[:, index, :n] = torch.from_numpy(sequence.positions)
+    return {"input_ids": input_ids, "trained": trained, "segments": segments, "positions": positions}
 
 
 def attention_mask(segments: Tensor) -> Tensor:
-    """Causal; a question sees the image (segment 0) and itself. Added to the scores, (B, 1, L, L)."""
+    """Return the mask to add to attention scores, (B, 1, L, L): causal, and each question attends to the image and to
+    itself."""
     length = segments.shape[1]
     causal = torch.ones(length, length, dtype=torch.bool).tril()
     same = segments[:, :, None] == segments[:, None, :]
@@ -375,7 +396,7 @@ def attention_mask(segments: Tensor) -> Tensor:
 
 
 def patchify(pixels: Tensor) -> tuple[Tensor, Tensor]:
-    """uint8 (B, H, W, 3) -> what ``Qwen2VLImageProcessor`` returns for images that need no resizing."""
+    """Convert uint8 images (B, H, W, 3) as ``Qwen2VLImageProcessor`` does if they need no resizing."""
     batch, height, width, _ = pixels.shape
     images = (pixels.permute(0, 3, 1, 2).float() / 255 - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(
         3, 1, 1
@@ -387,7 +408,7 @@ def patchify(pixels: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def speed_up_vision(model: Qwen2VLForConditionalGeneration) -> None:
-    """One attention call for equally sized images, and the patch convolution as a matrix product."""
+    """Replace attention by one call for images of one size, and the patch convolution by a matrix product."""
 
     def attend(
         self: Any, hidden_states: Tensor, cu_seqlens: Tensor, position_embeddings: tuple[Tensor, Tensor], **_: Any
@@ -412,6 +433,7 @@ def speed_up_vision(model: Qwen2VLForConditionalGeneration) -> None:
 
 
 def losses(model: Any, batch: dict[str, Tensor], words: Tensor) -> tuple[Tensor, Tensor]:
+    """Compute the cross-entropy of the answers, and the loss of the words' presence in the image."""
     ids = batch["input_ids"]
     image = ids == model.config.image_token_id
     inputs: dict[str, Any]
@@ -443,28 +465,8 @@ def losses(model: Any, batch: dict[str, Tensor], words: Tensor) -> tuple[Tensor,
     return answer_loss, presence_loss
 
 
-def warm_up_and_cosine(
-    optimizer: torch.optim.Optimizer, learning_rate: float, warm_up: int, steps: int, start: int
-) -> torch.optim.lr_scheduler.LambdaLR:
-    """The learning rate rises over so many steps and falls as a cosine to a fiftieth; the run goes on at ``start``. It
-    follows from this call's options alone, so that a run can go on longer or faster than it was begun."""
-
-    def rate(step: int) -> float:
-        warm = min(1.0, (step + 1) / warm_up)
-        return warm * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(1.0, step / steps))))
-
-    for group in optimizer.param_groups:
-        group["initial_lr"] = learning_rate
-    return torch.optim.lr_scheduler.LambdaLR(optimizer, rate, last_epoch=start - 1)
-
-
-def save_atomically(state: dict[str, Any], path: Path) -> None:
-    partial = path.with_suffix(".partial")
-    torch.save(state, partial)
-    partial.replace(path)
-
-
 def export(model: Any, processor: Any, out: Path) -> None:
+    """Write model and processor as a checkpoint, without the faster forwards."""
     token = processor.tokenizer.convert_tokens_to_ids
     model.generation_config = GenerationConfig(
         eos_token_id=token("<|im_end|>"), pad_token_id=token("<pad>"), max_new_tokens=48, do_sample=False
@@ -476,71 +478,55 @@ def export(model: Any, processor: Any, out: Path) -> None:
     processor.save_pretrained(out)
 
 
-def train(
-    work: Annotated[Path, typer.Option(help="Folder of the run: checkpoints and log.")],
-    out: Annotated[Path, typer.Option(help="Where the finished checkpoint is written.")],
-    world: Annotated[
-        str, typer.Option(help="'demo', or 'other': unseen words and sprites, same architecture.")
-    ] = "demo",
-    family: Annotated[
-        str, typer.Option(help="'qwen2_vl' (the demo), or 'internvl': tiles of a fixed size.")
-    ] = "qwen2_vl",
-    start_from: Annotated[
-        Path | None,
-        typer.Option(help="Begin with a checkpoint's weights; of the demo's, with the parts that fit the family."),
-    ] = None,
-    steps: int = 9000,
-    learning_rate: float = 1.5e-3,
-    presence_weight: float = 2.0,
-    seed: int = 0,
-    threads: int = 1,
-    workers: int = 1,
-    stop_after: Annotated[
-        int | None, typer.Option(help="Stop after this many steps of this call (to measure).")
-    ] = None,
-) -> None:
-    torch.set_num_threads(threads)
-    torch.manual_seed(seed)
-    work.mkdir(parents=True, exist_ok=True)
-    tokenizer = build_tokenizer(WORLDS[world][0], family)
-    processor: Any
-    model: Any
+def build(family: str, tokenizer: PreTrainedTokenizerFast) -> tuple[Any, Any]:
+    """Build a family's untrained model and its processor."""
     if family == "internvl":
-        processor, model = build_internvl_processor(tokenizer), build_internvl(tokenizer)
-    else:
-        processor, model = build_processor(tokenizer), build_model(tokenizer)
-        speed_up_vision(model)
+        processor = build_internvl_processor(tokenizer)
+        return build_internvl(tokenizer), processor
+    processor, model = build_processor(tokenizer), build_model(tokenizer)
+    speed_up_vision(model)
+    return model, processor
+
+
+def build_optimizer(model: nn.Module, learning_rate: float) -> torch.optim.AdamW:
+    """Build an optimizer that decays matrices only."""
     decay = [p for p in model.parameters() if p.ndim > 1]
     plain = [p for p in model.parameters() if p.ndim <= 1]
-    optimizer = torch.optim.AdamW(
-        [{"params": decay, "weight_decay": 0.05}, {"params": plain, "weight_decay": 0.0}],
-        lr=learning_rate,
-        betas=(0.9, 0.98),
-    )
+    groups = [{"params": decay, "weight_decay": 0.05}, {"params": plain, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.98))
 
-    start, checkpoint = 0, work / "checkpoint.pt"
-    if start_from is not None and not checkpoint.exists():
+
+def start_or_resume(work: Path, model: Any, optimizer: torch.optim.Optimizer, start_from: Path | None) -> int:
+    """Load the run's state, or else the weights to start from, and return the next step."""
+    checkpoint = work / "checkpoint.pt"
+    if checkpoint.exists():
+        state = torch.load(checkpoint, weights_only=True)
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        print(f"resumed at step {state['step']}", flush=True)
+        return int(state["step"])
+    if start_from is not None:
         weights = AutoModelForImageTextToText.from_pretrained(start_from, dtype=torch.float32)
         if isinstance(weights, type(model)):
             model.load_state_dict(weights.state_dict())
         else:
             adopt_parts(model, weights)
-    if checkpoint.exists():
-        state = torch.load(checkpoint, weights_only=True)
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        start = state["step"]
-        print(f"resumed at step {start}", flush=True)
-    schedule = warm_up_and_cosine(optimizer, learning_rate, 200, steps, start)
-    data = Batches(tokenizer, world, seed, steps, family)
-    words = torch.tensor(tokenizer.convert_tokens_to_ids(data.words))
-    end = min(steps, start + stop_after) if stop_after else steps
-    loader = DataLoader(
-        data, batch_size=None, sampler=range(start, end), num_workers=workers, prefetch_factor=4 if workers else None
-    )
-    model.train()
+    return 0
+
+
+def run_steps(
+    model: Any,
+    loader: DataLoader[dict[str, Tensor]],
+    words: Tensor,
+    optimizer: torch.optim.Optimizer,
+    schedule: torch.optim.lr_scheduler.LRScheduler,
+    steps: range,
+    presence_weight: float,
+    work: Path,
+) -> None:
+    """Train for some steps, with a line of the log every 50 and a checkpoint every 500."""
     averages, began = np.zeros(2), time.time()
-    for step, batch in enumerate(loader, start=start):
+    for step, batch in enumerate(loader, start=steps.start):
         answer_loss, presence_loss = losses(model, batch, words)
         optimizer.zero_grad(set_to_none=True)
         (answer_loss + presence_weight * presence_loss).backward()
@@ -559,15 +545,48 @@ def train(
                 log.write(json.dumps(record) + "\n")
             print(record, flush=True)
             averages, began = np.zeros(2), time.time()
-        if (step + 1) % 500 == 0 or step + 1 == end:
-            save_atomically(
-                {
-                    "model": model.state_dict(),
-                    "optimizer": optimizer.state_dict(),
-                    "step": step + 1,
-                },
-                checkpoint,
-            )
+        if (step + 1) % 500 == 0 or step + 1 == steps.stop:
+            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1}
+            save_atomically(state, work / "checkpoint.pt")
+
+
+def train(
+    work: Annotated[Path, typer.Option(help="Folder of the run: checkpoint and log.")],
+    out: Annotated[Path, typer.Option(help="Directory to write the trained checkpoint to.")],
+    world: World = "demo",
+    family: Annotated[str, typer.Option(help="'qwen2_vl' (the demo), or 'internvl': tiles of a fixed size.")] = (
+        "qwen2_vl"
+    ),
+    start_from: Annotated[
+        Path | None, typer.Option(help="Checkpoint to start from; of another family, the parts that fit.")
+    ] = None,
+    steps: Annotated[int, typer.Option(help="Steps of the whole run.")] = 9000,
+    learning_rate: Annotated[float, typer.Option(help="Highest learning rate.")] = 1.5e-3,
+    presence_weight: Annotated[float, typer.Option(help="Weight of the multiple-instance loss.")] = 2.0,
+    seed: Annotated[int, typer.Option(help="Seed of weights and batches.")] = 0,
+    threads: Threads = 1,
+    workers: Annotated[int, typer.Option(min=0, help="Processes that compose scenes.")] = 1,
+    stop_after: Annotated[int | None, typer.Option(help="Stop after this many steps of this call.")] = None,
+) -> None:
+    if family not in SPECIAL:
+        raise typer.BadParameter(f"--family is {family!r}; choose one of {', '.join(SPECIAL)}.")
+    classes, _ = world_named(world)
+    torch.set_num_threads(threads)
+    torch.manual_seed(seed)
+    work.mkdir(parents=True, exist_ok=True)
+    tokenizer = build_tokenizer(classes, family)
+    model, processor = build(family, tokenizer)
+    optimizer = build_optimizer(model, learning_rate)
+    start = start_or_resume(work, model, optimizer, start_from)
+    schedule = warm_up_and_cosine(optimizer, learning_rate, 200, steps, start)
+    data = Batches(tokenizer, world, seed, steps, family)
+    words = torch.tensor(tokenizer.convert_tokens_to_ids(data.words))
+    todo = range(start, min(steps, start + stop_after) if stop_after else steps)
+    loader = DataLoader(
+        data, batch_size=None, sampler=todo, num_workers=workers, prefetch_factor=4 if workers else None
+    )
+    model.train()
+    run_steps(model, loader, words, optimizer, schedule, todo, presence_weight, work)
     export(model, processor, out)
     print(f"wrote {out}")
 

@@ -44,6 +44,7 @@ class Registry(Mapping[str, Any]):
         self.group = f"captum_intramodal.{kind}s"
         self._accepts = accepts
         self._expected = expected
+        self._article = "an" if kind[0] in "aeiou" else "a"
         self._classes: dict[str, Any] = {}
 
     def register(self, name: str) -> Callable[[C], C]:
@@ -101,7 +102,9 @@ class Registry(Mapping[str, Any]):
     def _checked(self, name: str, found: Any) -> Any:
         """Return what was found under a name if it is a class of this kind."""
         if not isinstance(found, type) or not self._accepts(found):
-            raise SpecError(f"{name!r} is not a {self.kind}: expected {self._expected}, got {found!r:.80}.")
+            raise SpecError(
+                f"{name!r} is not {self._article} {self.kind}: expected {self._expected}, got {found!r:.80}."
+            )
         return found
 
     def _entry_points(self) -> dict[str, EntryPoint]:

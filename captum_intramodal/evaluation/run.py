@@ -43,7 +43,7 @@ from captum_intramodal.text.parts_of_speech import Tagger
 __all__ = ["DEFAULT_EXPLAINERS", "DEFAULT_METRICS", "evaluate"]
 
 DEFAULT_EXPLAINERS = (
-    "logit_lens", "tam", "tam:filter=false", "msea", "arc", "msea+arc", "attention", "random", "centre_gaussian",
+    "logit_lens", "tam", "tam:filter=false", "msea", "arc", "msea+arc", "attention", "random", "center_gaussian",
 )  # fmt: skip
 DEFAULT_METRICS = ("f1_iou", "pointing", "energy", "average_precision", "insertion", "deletion", "road")
 
@@ -153,11 +153,7 @@ def evaluate(
     reference = next(iter(compared)) if reference is None else reference
     if reference not in compared:
         raise InvalidOptionError(f"reference={reference!r} is none of the explainers {', '.join(compared)}.")
-    if answers not in ("dataset", "model"):
-        raise InvalidOptionError(f"answers must be 'dataset' or 'model', got {answers!r}.")
-    if not 0 <= rank < world_size:
-        raise InvalidOptionError(f"rank must be from 0 to {world_size - 1}, got {rank}.")
-    _check_fractions(fractions)
+    _check_options(answers, fractions, rank, world_size)
 
     directory = RunDirectory(Path(out), rank)
     directory.begin(
@@ -220,8 +216,13 @@ def _by_spec(specs: Iterable[str], make: Callable[[str], T]) -> dict[str, T]:
     return made
 
 
-def _check_fractions(fractions: Sequence[float]) -> None:
-    """Raise the error of the curves for fractions that do not increase from 0, before anything runs."""
+def _check_options(answers: str, fractions: Sequence[float], rank: int, world_size: int) -> None:
+    """Raise errors for wrong options before anything runs."""
+    if answers not in ("dataset", "model"):
+        raise InvalidOptionError(f"answers must be 'dataset' or 'model', got {answers!r}.")
+    if not 0 <= rank < world_size:
+        raise InvalidOptionError(f"rank must be from 0 to {world_size - 1}, got {rank}.")
+    # Curves check that fractions increase from 0 to 1.
     area_under_curve(insertion_curve(lambda kept: np.zeros(len(kept)), np.zeros(1), fractions), fractions)
 
 

@@ -6,11 +6,11 @@ black boxes and composes two maps: from image pixels to the *elements* of the pr
 elements to the *visual tokens*.
 
 **1. From pixels to elements** (:mod:`~captum_intramodal.geometry.pixel_probe`). The processor runs on synthetic images:
-black, white, and along each axis a ramp and two waves, a sine and a cosine. An element with the values :math:`b` for
-black and :math:`w` for white has the gain :math:`w - b`, which is 0 for padding, and responds to any other image with
-the fraction :math:`r = (v - b) / (w - b)` of it. On an axis of length :math:`L`, with waves of period :math:`P`, the
-ramp gives the coordinate :math:`x` that the element samples up to the rounding of 8-bit pixels, and the waves refine it
-to a fraction of a pixel:
+black, white, and along each axis a ramp and two waves, a sine and a cosine. An element whose value is :math:`b` for
+black and :math:`w` for white has the gain :math:`w - b`, which is 0 for padding; if its value for another image is
+:math:`v`, it responds to that image with the fraction :math:`r = (v - b) / (w - b)`. On an axis of length :math:`L`,
+with waves of period :math:`P`, the ramp gives the coordinate :math:`x` that the element samples up to the rounding of
+8-bit pixels, and the waves refine it to a fraction of a pixel:
 
 .. math::
 
@@ -32,11 +32,11 @@ token depend on every patch, so for this part each of the tower's attention bloc
 (patch embedding, merging, pooling, projection) is local, and its receptive fields are found in one of two ways:
 
 - *Ownership*, if each element feeds one token. Let :math:`y_v` be the projection of token :math:`v`'s state on a random
-  direction. If element :math:`x_i` feeds token :math:`v` alone, its gradient
+  direction. If element :math:`p_i` feeds token :math:`v` alone, its gradient
 
   .. math::
 
-      \frac{\partial}{\partial x_i} \sum_u 2^{d_u} y_u = 2^{d_v} \frac{\partial y_v}{\partial x_i}
+      \frac{\partial}{\partial p_i} \sum_u 2^{d_u} y_u = 2^{d_v} \frac{\partial y_v}{\partial p_i}
 
   grows by exactly :math:`2^{d_v}` over that for :math:`d = 0`: scaling by a power of two is exact in floating point. So
   if :math:`d_v` is a digit of the number :math:`v`, one backward pass reads this digit of the token of every element,

@@ -50,12 +50,12 @@ def test_deletion_and_insertion_equal_curves_computed_by_hand() -> None:
 
 def test_curves_are_evaluated_at_the_fractions_of_the_run(tmp_path: Path) -> None:
     steps = (0, 0.02, 0.1)
-    evaluate(*demo_model(), "scenes:count=1", tmp_path, ["centre_gaussian"], ["deletion", "road"], fractions=steps)
+    evaluate(*demo_model(), "scenes:count=1", tmp_path, ["center_gaussian"], ["deletion", "road"], fractions=steps)
     record = json.loads((tmp_path / "samples.jsonl").read_text())
-    curves = record["curves"]["centre_gaussian"]["deletion"]
+    curves = record["curves"]["center_gaussian"]["deletion"]
     assert {len(curve) for curve in curves.values()} == {3}
     expected = {i: ((a + b) / 2 * 0.02 + (b + c) / 2 * 0.08) / 0.1 for i, (a, b, c) in curves.items()}
-    assert record["scores"]["centre_gaussian"]["deletion"] == pytest.approx(expected, abs=1e-5)
+    assert record["scores"]["center_gaussian"]["deletion"] == pytest.approx(expected, abs=1e-5)
 
 
 def test_road_is_high_for_masks_and_changes_sign_for_inverted_masks() -> None:

@@ -204,9 +204,9 @@ def test_impossible_runs_are_refused(tmp_path: Path) -> None:
 
 def test_the_evaluate_command(tmp_path: Path) -> None:
     arguments = ["evaluate", "--model", "demo", "--data", "scenes:count=2", "--out", str(tmp_path / "run")]
-    arguments += ["--explainers", "random centre_gaussian", "--metrics", "pointing", "--metrics", "energy"]
+    arguments += ["--explainers", "random center_gaussian", "--metrics", "pointing", "--metrics", "energy"]
     result = CliRunner().invoke(app, arguments)
-    assert result.exit_code == 0 and "centre_gaussian" in result.stdout and "2/2" in result.stdout
+    assert result.exit_code == 0 and "center_gaussian" in result.stdout and "2/2" in result.stdout
     manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
     assert [metric["name"] for metric in manifest["settings"]["metrics"]] == ["pointing", "energy"]
     for change, message in (
