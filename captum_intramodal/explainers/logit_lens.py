@@ -9,7 +9,6 @@ from typing import Any
 
 from torch import Tensor
 
-from captum_intramodal.adapter.model_adapter import ModelAdapter
 from captum_intramodal.errors import InvalidOptionError
 from captum_intramodal.explainers.base import BaseExplainer, Example, TextMaps
 from captum_intramodal.explainers.options import RankingOptions, ScaleOptions
@@ -18,6 +17,7 @@ from captum_intramodal.explainers.registry import EXPLAINERS
 from captum_intramodal.explanation.activations import Activations
 from captum_intramodal.explanation.options import CHANGED_DECISIONS, ChangedDecisions, ExplainOptions, Method
 from captum_intramodal.functional.aggregation import normalized_weights
+from captum_intramodal.models.logit_lens import LogitLens, LogitNormalization
 
 __all__ = ["LogitLensMaps", "context_activation"]
 
@@ -44,6 +44,9 @@ class LogitLensMaps(RankingOptions, ScaleOptions, BaseExplainer):
         crops, interpolate_pos_encoding (bool, optional): See :func:`captum_intramodal.explain`, for scales of models
                     with a fixed input size.
                     Default: False
+        logit_normalization (str, optional): ``'raw'``, ``'centered'`` or ``'zscore'``, see
+                    :class:`captum_intramodal.LogitLens`.
+                    Default: ``'raw'``
         scales, scale_weights, aggregation, changed_decisions (optional): See :func:`captum_intramodal.explain`.
         layers, k, p, normalization, weighting, ranking_position, least_squares, strength (optional): See
                     :class:`captum_intramodal.ActivationRankingCorrelation`.
@@ -51,8 +54,8 @@ class LogitLensMaps(RankingOptions, ScaleOptions, BaseExplainer):
     Examples::
 
         >>> from captum_intramodal.explainers import make_explainer
-        >>> make_explainer("logit_lens:layer=-2").settings
-        {'name': 'logit_lens', 'layer': -2, 'method': 'logit_lens', 'crops': False, 'interpolate_pos_encoding': False}
+        >>> make_explainer("msea+arc:logit_normalization=centered,k=20").settings["logit_normalization"]
+        'centered'
     """
 
     msea: bool = False
@@ -61,6 +64,7 @@ class LogitLensMaps(RankingOptions, ScaleOptions, BaseExplainer):
     method: Method = "logit_lens"
     crops: bool = False
     interpolate_pos_encoding: bool = False
+    logit_normalization: LogitNormalization = "raw"
     changed_decisions: ChangedDecisions = "keep"
 
     def __post_init__(self) -> None:
@@ -98,6 +102,7 @@ class LogitLensMaps(RankingOptions, ScaleOptions, BaseExplainer):
             method=self.method,
             crops=self.crops,
             interpolate_pos_encoding=self.interpolate_pos_encoding,
+            logit_normalization=self.logit_normalization,
         )
 
     def explain(self, example: Example) -> list[Tensor]:
@@ -108,25 +113,28 @@ class LogitLensMaps(RankingOptions, ScaleOptions, BaseExplainer):
         else:
             maps = activations.maps(normalized_weights(activations.scales, None))
         if self.arc:
-            maps = self.suppress(example.adapter, maps, activations)
+            maps = self.suppress(self._lens(example), maps, activations)
         return [m[-len(example.answer_ids) :] for m in maps]
+
+    def _lens(self, example: Example) -> LogitLens:
+        return example.adapter.lens.with_normalization(self.logit_normalization)
 
     def relate_text(self, example: Example) -> TextMaps:
         """Return the text activation; with ARC times the rank-biased overlap, which irrelevant context lacks."""
         activations = collect(example, self.pass_request)
         if self.arc:
-            _, context = self.relate(example.adapter, activations)
+            _, context = self.relate(self._lens(example), activations)
             values = context.weights("relevance*text_activation")
         else:
-            values = context_activation(example.adapter, activations)
+            values = context_activation(self._lens(example), activations)
         return TextMaps(activations.text.positions, values[-len(example.answer_ids) :])
 
 
-def context_activation(adapter: ModelAdapter, activations: Activations) -> Tensor:
+def context_activation(lens: LogitLens, activations: Activations) -> Tensor:
     """Compute the clipped logits of the T text tokens at their context, float32 (T, T); 0 elsewhere. Nothing is
     ranked."""
     ids = activations.text.ids
-    activation = adapter.lens.activation(activations.last[: len(ids)], ids).clamp_min(0).cpu().T
+    activation = lens.activation(activations.last[: len(ids)], ids).clamp_min(0).cpu().T
     return activation * (ids[:, None] != ids[None, :]).tril(-1)
 
 
@@ -136,7 +144,7 @@ def _name(msea: bool, arc: bool) -> str:
 
 def _option_names(msea: bool, arc: bool) -> list[str]:
     """Return the names of the options that apply, in the order of settings."""
-    names = ["layer", "method", "crops", "interpolate_pos_encoding"]
+    names = ["layer", "method", "crops", "interpolate_pos_encoding", "logit_normalization"]
     if msea:
         names += [*(f.name for f in fields(ScaleOptions)), "changed_decisions"]
     return names + [f.name for f in fields(RankingOptions)] * arc

@@ -7,7 +7,6 @@ from dataclasses import dataclass, fields, replace
 
 from torch import Tensor
 
-from captum_intramodal.adapter.model_adapter import ModelAdapter
 from captum_intramodal.attr.arc import ARC
 from captum_intramodal.explanation.activations import Activations
 from captum_intramodal.explanation.context import suppress_together
@@ -20,6 +19,7 @@ from captum_intramodal.functional.context_relevance import (
     check_arc_options,
 )
 from captum_intramodal.functional.rank_overlap import Normalization
+from captum_intramodal.models.logit_lens import LogitLens
 from captum_intramodal.models.ranking import DEFAULT_RANKING_LENGTH
 
 __all__ = ["RankingOptions", "ScaleOptions"]
@@ -62,15 +62,15 @@ class RankingOptions:
         check_arc_options(self.k, self.p, self.normalization, self.weighting, self.ranking_position, self.strength)
         self.layers = tuple(self.layers)
 
-    def relate(self, adapter: ModelAdapter, activations: Activations) -> tuple[ARC, ContextRelevance]:
+    def relate(self, lens: LogitLens, activations: Activations) -> tuple[ARC, ContextRelevance]:
         """Return ARC with these options, and the relevance of context between all text tokens."""
-        arc = ARC(model=adapter.lens, **{f.name: getattr(self, f.name) for f in fields(RankingOptions)})
+        arc = ARC(model=lens, **{f.name: getattr(self, f.name) for f in fields(RankingOptions)})
         states = [activations.ranking_states[layer] for layer in arc.layers]
         return arc, arc.compare(states, activations.last, activations.text.ids)
 
-    def suppress(self, adapter: ModelAdapter, maps: Sequence[Tensor], activations: Activations) -> list[Tensor]:
+    def suppress(self, lens: LogitLens, maps: Sequence[Tensor], activations: Activations) -> list[Tensor]:
         """Suppress interference in the maps of the last text tokens, which are the only context of each other."""
-        arc, context = self.relate(adapter, activations)
+        arc, context = self.relate(lens, activations)
         last = (slice(-len(maps[0]), None),) * 2
         explained = replace(
             context,

@@ -15,6 +15,7 @@ from captum_intramodal.explanation.options import ExplainOptions
 from captum_intramodal.explanation.scale_maps import TokenScaleMaps
 from captum_intramodal.functional.rasterize import rasterize
 from captum_intramodal.functional.tam import token_activation_map
+from captum_intramodal.models.logit_lens import LogitLens, LogitNormalization, check_logit_normalization
 
 __all__ = ["TAM"]
 
@@ -34,14 +35,25 @@ class TAM(BaseExplainer):
                     Default: True
         layer (int, optional): Decoder layer whose output the lens is applied to.
                     Default: None, the last
+        logit_normalization (str, optional): ``'raw'``, ``'centered'`` or ``'zscore'``, see
+                    :class:`captum_intramodal.LogitLens`.
+                    Default: ``'raw'``, as published
     """
 
     filter: bool = True
     layer: int | None = None
+    logit_normalization: LogitNormalization = "raw"
+
+    def __post_init__(self) -> None:
+        check_logit_normalization(self.logit_normalization)
 
     @property
     def pass_request(self) -> PassRequest:
-        return PassRequest(ExplainOptions(scales=(1.0,), method="logit_lens", layer=self.layer))
+        return PassRequest(
+            ExplainOptions(
+                scales=(1.0,), method="logit_lens", layer=self.layer, logit_normalization=self.logit_normalization
+            )
+        )
 
     def explain(self, example: Example) -> list[Tensor]:
         image = single_image(self, example)
@@ -62,15 +74,18 @@ class TAM(BaseExplainer):
         ids = activations.text.ids
         maps = token_activation_map(
             scale_maps.activation[:, placed],
-            context_activation(example.adapter, activations),
+            context_activation(self._lens(example), activations),
             ids[:, None] == ids,
             grid=(rows, columns),
             filter=self.filter,
         )
         return [rasterize(maps, boxes, image.size, (2 * rows, 2 * columns))[-len(example.answer_ids) :]]
 
+    def _lens(self, example: Example) -> LogitLens:
+        return example.adapter.lens.with_normalization(self.logit_normalization)
+
     def relate_text(self, example: Example) -> TextMaps:
         """Return the text activation, with which it weights its context."""
         activations = collect(example, self.pass_request)
-        values = context_activation(example.adapter, activations)
+        values = context_activation(self._lens(example), activations)
         return TextMaps(activations.text.positions, values[-len(example.answer_ids) :])

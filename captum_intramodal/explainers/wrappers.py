@@ -92,4 +92,4 @@ class ARCAround(RankingOptions, BaseExplainer):
         return PassRequest(ExplainOptions(scales=(1.0,)), ranking_layers=tuple(self.layers))
 
     def explain(self, example: Example) -> list[Tensor]:
-        return self.suppress(example.adapter, self.base(*example), collect(example, self.pass_request))
+        return self.suppress(example.adapter.lens, self.base(*example), collect(example, self.pass_request))

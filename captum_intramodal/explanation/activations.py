@@ -1,4 +1,4 @@
-r"""What is captured from the model before anything is aggregated or suppressed: one call runs all passes."""
+r"""What is captured from the model before anything is aggregated or suppressed? One call runs all passes."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def _silent(line: str) -> None:
 @dataclass(frozen=True)
 class Activations:
     r"""
-    What one explanation is computed from.
+    All that one explanation is computed from.
 
     Attributes:
         images (list[PIL.Image.Image]): the original images.

@@ -1,4 +1,4 @@
-r"""Which earlier text matters, and how its interference is subtracted: ARC applied to collected activations."""
+r"""Which earlier text matters, and how is its interference subtracted? ARC applied to collected activations."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-r"""What the model would predict at another scale, and how to weight scales at which it would predict another token.
+r"""What would the model predict at another scale, and how are scales weighted at which its prediction changes?
 
 All code of the option ``changed_decisions`` is here.
 """
@@ -22,7 +22,7 @@ __all__ = ["Decision", "predict_at_scales", "weight_by_decisions"]
 
 
 class Decision(NamedTuple):
-    """What the model predicts at one scale, given the answer so far.
+    """Predictions of the answer's tokens at one scale, each given all tokens before it.
 
     Attributes:
         log_probability (Tensor): of the answer's T tokens, float32 (T,), at most 0.

@@ -1,4 +1,4 @@
-r"""How a whole answer is explained in one call, or several answers in batches."""
+r"""How is a whole answer explained in one call, or several answers in batches?"""
 
 from __future__ import annotations
 

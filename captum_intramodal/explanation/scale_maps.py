@@ -1,4 +1,4 @@
-r"""Where the maps of one scale lie over the original images: values at visual tokens, or over the pixels."""
+r"""Where do the maps of one scale lie over the original images? Values at visual tokens, or over the pixels."""
 
 from __future__ import annotations
 

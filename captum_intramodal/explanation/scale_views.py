@@ -1,4 +1,4 @@
-r"""Which scales are used, and when a scale is dropped: what the model is given at each scale of the images."""
+r"""Which scales are used, and when is a scale dropped? It depends on what the model is given at each scale."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ Layout = TokenGeometry | PixelMaps
 @dataclass(frozen=True)
 class ScaleView:
     r"""
-    How a model is given the images at one scale.
+    The input that a model is given at one scale of the images.
 
     Attributes:
         adapter (ModelAdapter): the model; at another input size if position embeddings are interpolated.

@@ -39,6 +39,7 @@ class Family:
         interleaves_images (bool): whether the processor takes a prompt as a list of texts and images in order.
         answer_token_type (int or None): token type id of the answer, if it differs from the prompt's.
         attends_ahead (bool): whether visual tokens attend to the text after them.
+        head (str or None): dotted path of the unembedding in the model. None: its output embeddings.
     """
 
     model_type: str
@@ -47,6 +48,7 @@ class Family:
     interleaves_images: bool = False
     answer_token_type: int | None = None
     attends_ahead: bool = False
+    head: str | None = None
 
 
 _FAMILIES: dict[str, Family] = {

@@ -31,7 +31,13 @@ def test_lens_maps_are_those_of_explain(spec: str) -> None:
     assert torch.allclose(maps, expected.maps[0][-len(ids) :], atol=1e-6)
 
 
-LENS = {"layer": None, "method": "logit_lens", "crops": False, "interpolate_pos_encoding": False}
+LENS = {
+    "layer": None,
+    "method": "logit_lens",
+    "crops": False,
+    "interpolate_pos_encoding": False,
+    "logit_normalization": "raw",
+}
 MSEA = {"scales": "auto", "scale_weights": None, "aggregation": "mean", "changed_decisions": "keep"}
 RANKING = {
     "layers": [-1],
