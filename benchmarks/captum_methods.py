@@ -7,7 +7,7 @@ names an object of the scene is scored: pointing and Obj-IoU against the object'
 (blurred pixels, the word's probability). The score of a scene is the mean over its words. Intervals are 95 % percentile
 bootstrap intervals over scenes. Differences are paired: same scenes, words and removed fractions.
 
-Needs: the package only; about two hours on one core for 20 scenes.
+Needs: the package only; several minutes on one core per scene.
 
 Prints: one table of means. ``--out`` writes it and the paired differences as Markdown, and the values of all scenes as
 JSON. The README quotes ``results/captum_methods.md``.

@@ -10,7 +10,7 @@ most likely one. To measure the effect on the maps of dropping or down-weighting
     captum-intramodal evaluate --model demo --data ... --out RUN --answers model --metrics "f1_iou pointing deletion" \
         --explainers "msea+arc msea+arc:changed_decisions=drop msea+arc:changed_decisions=weigh"
 
-Needs: the package only; a few minutes on one core for 40 scenes.
+Needs: the package only; about a minute on one core for 40 scenes.
 
 Prints: per scale, for object words and for all tokens, the share of equal decisions and the mean probability, with 95 %
 bootstrap intervals over samples. ``results/decisions.md`` holds the output of both commands; the README quotes it.

@@ -3,7 +3,7 @@ r"""How often does the demo model answer correctly? Accuracy on held-out scenes,
     python benchmarks/demo_accuracy.py --scenes 200
     python benchmarks/demo_accuracy.py --scenes 200 --write      # also writes the model card
 
-Needs: the package only (the demo checkpoint is part of it); about 10 minutes on one core for 200 scenes.
+Needs: the package only (the demo checkpoint is part of it); about 2 minutes on one core for 200 scenes.
 
 Prints: one table of correct answers, number of answers and accuracy. ``--write`` puts it into ``demo_model_card.md``
 and saves that as the checkpoint's README.md. The README's section on the demo model quotes the table.

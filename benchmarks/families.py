@@ -5,7 +5,7 @@ r"""What works on which model type of ``AutoModelForImageTextToText``? The table
 Each type is a tiny random model of the real class with its real processor (tests/testing/families.py), in a process of
 its own. Explained are one image, two images and a video, then :func:`captum_intramodal.check` runs.
 
-Needs: the package with its ``test`` extra, and a Unix system; MINUTES
+Needs: the package with its ``test`` extra, and a Unix system; about 5 seconds on one core per type.
 
 Prints: a summary and a table with a row per type, to standard error a line of JSON per type as soon as it is finished.
 The README quotes the summary of ``results/families.md``.

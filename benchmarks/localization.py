@@ -12,7 +12,7 @@ maximum inside the mask?). Each function word gives Func-IoU (the share of its m
 answer's object words, all maps on one scale). F1-IoU is the harmonic mean of the means of Obj-IoU and Func-IoU.
 Intervals are 95 % percentile bootstrap intervals over scenes.
 
-Needs: the package only for the first command, about 20 minutes on one core; for the others, checkpoints that
+Needs: the package only for the first command, about 3 minutes on one core; for the others, checkpoints that
 ``train_demo.py`` trains with ``--world other`` and with ``--family internvl``.
 
 Prints: one table. The README's section "Where maps point" quotes the tables of all four commands.

@@ -8,7 +8,7 @@ Each run is an evaluation (``captum-intramodal evaluate``) in ``RUNS/<name>``, w
 of all pairs and records. A stopped run resumes if it is started again.
 
 Needs: the package only for the demo's runs; for the LLaVA's, ``CHECKPOINT`` and ``SPRITES`` from ``train_llava.py``.
-MINUTES
+One core is enough. The runs with insertion, deletion and ROAD take longest: they run the model many times per word.
 
 Prints: per run the tables of all values, and of the paired differences between the first explainer and TAM, TAM without
 its filter, and the logit lens. ``--report`` writes the tables of the given runs, with a plot beside it. The README

@@ -7,7 +7,7 @@ unknown token, one at a time. The drop of the word's log-probability is the grou
 ranking of the earlier tokens agrees with the drops (Spearman's correlation) and if its first token is the one with the
 largest drop (top 1).
 
-Needs: the package only; about 5 minutes on one core for 60 scenes.
+Needs: the package only; about a minute on one core for 60 scenes.
 
 Prints: one table of both figures per measure. The README quotes it where it describes ARC's rankings.
 """

@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from captum_intramodal.adapter.model_adapter import ModelAdapter
     from captum_intramodal.attr.arc import ARC, ActivationRankingCorrelation
     from captum_intramodal.attr.hidden_states import HiddenStates
+    from captum_intramodal.attr.layer_direct_contribution import LayerDirectContribution
     from captum_intramodal.attr.layer_logit_lens import LayerLogitLens
     from captum_intramodal.attr.llm_attribution import MultimodalLLMAttribution
     from captum_intramodal.attr.llm_input import ImageTextInput
@@ -39,6 +40,7 @@ _MODULES = {
     "Explanation": "explanation.explanation",
     "HiddenStates": "attr.hidden_states",
     "ImageTextInput": "attr.llm_input",
+    "LayerDirectContribution": "attr.layer_direct_contribution",
     "LayerLogitLens": "attr.layer_logit_lens",
     "LogitLens": "models.logit_lens",
     "LowPass": "attr.pyramids.low_pass",
@@ -70,6 +72,7 @@ __all__ = [
     "Explanation",
     "HiddenStates",
     "ImageTextInput",
+    "LayerDirectContribution",
     "LayerLogitLens",
     "LogitLens",
     "LowPass",

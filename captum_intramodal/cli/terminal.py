@@ -35,4 +35,5 @@ def one_line_errors() -> Iterator[None]:
     try:
         yield
     except (ValueError, TypeError, ImportError) as error:
-        fail(str(error))
+        # A run notes which sample, explainer and metric an error belongs to.
+        fail(" ".join([str(error), *getattr(error, "__notes__", ())]))

@@ -122,8 +122,8 @@ class AttentionCall:
         """Reduce a call to the rows of pairs, from the arguments that the interface passes."""
         if not isinstance(attention_mask, Tensor | None):
             raise UnsupportedModelError(
-                f"The attention of {type(module).__name__} has a mask of type {type(attention_mask).__name__}, of which "
-                "no single row can be taken; load the model with attn_implementation='sdpa'."
+                f"{type(module).__name__} attends with a mask of type {type(attention_mask).__name__}, of which no "
+                "single row can be taken; load the model with attn_implementation='sdpa'."
             )
         count = key.shape[2]
         bias, allowed = None, None

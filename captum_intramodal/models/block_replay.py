@@ -54,13 +54,18 @@ def rows_selector(hidden: Tensor, examples: Tensor, queries: Tensor) -> Callable
         if not dims:
             return tensor
         along = dims[0]
+        if tensor.ndim == 4 and along == 2 and tensor.shape[3] == length:
+            # A mask of queries and keys; in a replay the keys are those of the queries alone.
+            tensor = tensor.index_select(-1, queries.to(tensor.device))
         of_examples = next((dim for dim in range(along) if tensor.shape[dim] == batch), None)
         if of_examples is None:
             return tensor.index_select(along, queries.to(tensor.device))
         first = tensor.movedim(of_examples, 0)
         rows = select_rows(first, examples, queries, along)
-        return rows[None].movedim((0, 1), (of_examples, along)) if of_examples == 0 else (
-            rows[None].movedim(1, along).movedim(0, of_examples)
+        return (
+            rows[None].movedim((0, 1), (of_examples, along))
+            if of_examples == 0
+            else (rows[None].movedim(1, along).movedim(0, of_examples))
         )
 
     return select
@@ -202,7 +207,6 @@ class BlockReplay:
         except UnsupportedModelError:
             raise
         except (RuntimeError, IndexError, TypeError, ValueError, AttributeError, KeyError) as error:
-            if __import__("os").environ.get("DCDEBUG"): raise
             raise UnsupportedModelError(f"A {name} cannot run on single positions of its input.") from error
         gap = float((output.detach() - expected).abs().max()) if output.shape == expected.shape else torch.inf
         if not gap <= 10 * tolerance(expected.dtype) * float(expected.abs().max().clamp_min(1e-6)):
@@ -253,7 +257,8 @@ class BlockReplay:
 
     def _freeze(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         """Replace a norm of a differentiable input by the linear map with the norm's statistic at these rows."""
-        x = args[0] if args else None
+        # A norm of two arguments is gated; it is part of a branch that is cut off.
+        x = args[0] if len(args) == 1 else None
         if not isinstance(x, Tensor) or not isinstance(output, Tensor):
             return None
 
@@ -282,8 +287,8 @@ class BlockReplay:
             self._made[module] = index + 1
             own = self.recorded.get(module, [])
             replaced = own[index] if index < len(own) and _differs(_first(output), own[index]) else None
-            sources = self._sources(_tensors((args, kwargs)))
-            cut = module in self._units and bool(sources - {"attention"})
+            inputs = _tensors((args, kwargs))
+            cut = module in self._units and bool(self._sources(inputs) - {"attention"}) and not _joins(inputs)
             return cut or replaced is not None, replaced
 
         cut, replaced = self._step(decide)
@@ -324,6 +329,11 @@ def _is_unit(module: nn.Module) -> bool:
     return has_weights and not any(is_norm(child) for child in module.modules())
 
 
+def _joins(inputs: Sequence[Tensor]) -> bool:
+    """Return whether a module gets two tensors of one shape, as those do that add a branch to the residual stream."""
+    return len(inputs) == 2 and inputs[0].shape == inputs[1].shape and inputs[0] is not inputs[1]
+
+
 def _first(output: Any) -> Tensor | None:
     if isinstance(output, tuple | list) and output:
         output = output[0]
@@ -331,10 +341,8 @@ def _first(output: Any) -> Tensor | None:
 
 
 def _differs(value: Tensor | None, recorded: Tensor) -> bool:
-    if value is None or not value.is_floating_point():
+    if value is None or value.shape != recorded.shape:
         return False
-    if value.shape != recorded.shape:
-        return True
     gap = (value.detach() - recorded).abs().max()
     return not bool(gap <= 10 * tolerance(value.dtype) * recorded.abs().max().clamp_min(1e-6))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 import torch
@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from captum_intramodal._utils.memory import WORKING_MEMORY
 from captum_intramodal.errors import InvalidInputError, InvalidOptionError, UnsupportedModelError
-from captum_intramodal.models.attention_rows import AttentionCall, intercept_attention, tolerance
+from captum_intramodal.models.attention_rows import AttentionCall, intercept_attention, select_rows, tolerance
 from captum_intramodal.models.block_replay import (
     BlockGraph,
     BlockReplay,
@@ -24,8 +24,7 @@ from captum_intramodal.models.block_replay import (
     rows_selector,
 )
 from captum_intramodal.models.decoder import decoder_blocks, decoder_layers, final_norm
-from captum_intramodal.models.families import family_of
-from captum_intramodal.models.frozen_norm import FrozenNorm
+from captum_intramodal.models.frozen_norm import FrozenNorm, is_norm
 from captum_intramodal.models.hooks import evaluation_mode, register_hooks
 from captum_intramodal.models.logit_lens import LogitLens
 
@@ -52,8 +51,9 @@ class DirectContribution:
         other (Tensor): contributions of MLPs and other branches, float32 (B, T).
         bias (Tensor): contributions of biases, the final norm's included, float32 (T,).
         logits (Tensor): the model's logits before a soft cap, float32 (T,).
-        unattributed (tuple[int, ...]): blocks without softmax attention, such as linear attention, whose mixing of
-            positions is contained in ``other``.
+        blocks (tuple[torch.nn.Module, ...]): the blocks, in the order of the model.
+        unattributed (tuple[int, ...]): indices of blocks without softmax attention, such as MLPs, convolutions or
+            linear attention; what they write, from whatever positions, is contained in ``other``.
     """
 
     positions: Tensor
@@ -63,12 +63,27 @@ class DirectContribution:
     other: Tensor
     bias: Tensor
     logits: Tensor
+    blocks: tuple[nn.Module, ...]
     unattributed: tuple[int, ...]
 
     @property
     def total(self) -> Tensor:
         """The sum of all terms, float32 (T,): ``logits`` up to rounding."""
         return self.embedding + self.attention.sum(0) + self.other.sum(0) + self.bias
+
+    def scaled(self, factors: Tensor) -> DirectContribution:
+        """Return all terms on the CPU, each logit's times its factor (T,)."""
+        column = factors[:, None]
+        return replace(
+            self,
+            positions=self.positions.cpu() * column,
+            states=self.states.cpu() * column,
+            embedding=self.embedding.cpu() * factors,
+            attention=self.attention.cpu() * factors,
+            other=self.other.cpu() * factors,
+            bias=self.bias.cpu() * factors,
+            logits=self.logits.cpu() * factors,
+        )
 
 
 def direct_contribution(
@@ -140,15 +155,15 @@ def direct_contribution(
         raise InvalidOptionError(f"detail must be one of {get_args(Detail)}, got {detail!r}.")
     if queries.ndim != 1 or queries.shape != tokens.shape or not len(queries):
         raise InvalidInputError(
-            f"Pass one query per token, at least one; got {tuple(queries.shape)} queries and {tuple(tokens.shape)} tokens."
+            f"Pass one query per token, at least one; got {tuple(queries.shape)} queries and {tuple(tokens.shape)} "
+            "tokens."
         )
     examples = torch.zeros_like(queries) if examples is None else examples
     unembedding = _Unembedding(model, LogitLens(model) if lens is None else lens, tokens)
     trace = _Trace(model, unembedding, examples, queries, layers, detail, working_memory)
     with evaluation_mode(model, gradients=True), torch.no_grad():
-        trace.run(run)
-        if trace.chained:
-            trace.run(run)
+        while not trace.run(run):
+            pass
     return trace.result()
 
 
@@ -164,16 +179,17 @@ class _Unembedding:
 
     def __init__(self, model: PreTrainedModel, lens: LogitLens, tokens: Tensor) -> None:
         self.model, self.lens, self.tokens = model, lens, tokens
-        head: Any = lens.head
-        if (name := family_of(getattr(model, "config", None)).head) is not None:
-            head = model.get_submodule(name)
+        decoder: Any = model.get_decoder()
+        head = lens.head
+        if head is None and hasattr(decoder, "get_output_embeddings"):
+            head = decoder.get_output_embeddings()
         weight = getattr(head, "weight", None)
         if not isinstance(weight, Tensor) or weight.ndim != 2 or weight.is_meta:
             raise UnsupportedModelError(
-                f"{type(model).__name__} has no unembedding of one row per token in memory, so its logits are not known "
-                "as a sum over the residual stream."
+                f"{type(model).__name__} has no unembedding of one row per token in memory, so its logits are no known "
+                "sums over the residual stream."
             )
-        self.norm_module = final_norm(model)
+        self.norm_module = _norm_beside_layers(model)
         self.factor = lens.factor if lens.tail == "fast" else 1.0
         self.rows = weight[tokens.to(weight.device)].float()
         bias = getattr(head, "bias", None)
@@ -186,7 +202,7 @@ class _Unembedding:
     def finish(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return the norm's statistic at the last hidden states (T, D), the bias and the logits, float32 (T,) each."""
         parameter = next(self.norm_module.parameters(), hidden)
-        normed = self.norm_module(hidden[None].to(parameter.device))[0]
+        normed = self.norm_module.forward(hidden[None].to(parameter.device))[0]
         statistic = self.norm.statistic(hidden.to(normed.device), normed)[:, 0]
         rows, bias = self.rows.to(normed.device), self.bias.to(normed.device)
         logits = self.factor * ((normed.float() * rows).sum(-1) + bias)
@@ -195,10 +211,21 @@ class _Unembedding:
             expected = self.lens.activation(hidden, self.tokens).diagonal().to(logits)
             if not bool(((expected - logits).abs() <= 30 * tolerance(hidden.dtype) * (1 + expected.abs())).all()):
                 raise UnsupportedModelError(
-                    f"{type(self.model).__name__} computes the logits of these tokens otherwise than as the product of "
-                    "its final norm and unembedding, or masks the tokens, so they are not a sum over the residual stream."
+                    f"{type(self.model).__name__} masks these tokens, or computes their logits otherwise than as the "
+                    "product of its final norm and unembedding, so they are not sums over the residual stream."
                 )
         return statistic, constant, logits
+
+
+def _norm_beside_layers(model: PreTrainedModel) -> nn.Module:
+    """Return the final norm, whatever its name is; the trace confirms that it receives the last layer's output."""
+    norm = final_norm(model)
+    if not isinstance(norm, nn.Identity):
+        return norm
+    layers = decoder_layers(model)
+    owner = next(module for module in model.modules() if any(child is layers for child in module.children()))
+    beside = [child for name, child in owner.named_children() if is_norm(child) and "emb" not in name]
+    return beside[-1] if beside else norm
 
 
 class _Trace:
@@ -234,29 +261,31 @@ class _Trace:
         self.first: Tensor | None = None
         self.last: Tensor | None = None
         self.normed_input: Tensor | None = None
-        self.length = 0
+        self.shape = torch.Size((0, 0))
         self._block: nn.Module | None = None
         self._replay: BlockReplay | None = None
         self._select: Callable[[Tensor], Tensor] = lambda tensor: tensor
         self._calls: list[AttentionCall] = []
         self._recorded: dict[nn.Module, list[Tensor]] = {}
 
-    def run(self, run: Callable[[], Any]) -> None:
-        """Run a forward pass and collect; if :attr:`chained` was set, the gradients of the pass before are used."""
-        again = self.chained
+    def run(self, run: Callable[[], Any]) -> bool:
+        """Run a forward pass and collect; return False if another pass is needed, for which this one found the
+        directions."""
+        final = bool(self._known)
         self._reset()
         inner = [m for block in self.blocks for m in block.modules() if m is not block]
         with ExitStack() as stack:
             stack.enter_context(register_hooks(self.blocks, self._enter, before=True, with_kwargs=True))
-            if not again:
+            if not final:
                 stack.enter_context(register_hooks(inner, self._record))
             stack.enter_context(register_hooks(self.blocks, self._leave, with_kwargs=True))
             stack.enter_context(register_hooks([self.unembedding.norm_module], self._final, before=True))
             stack.enter_context(intercept_attention(self._attend))
             run()
         self._check()
-        if self.chained and not again:
+        if self.chained and not final:
             self._chain()
+        return final or not self.chained
 
     def _enter(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         hidden = find_hidden(args, kwargs)
@@ -273,9 +302,13 @@ class _Trace:
             raise InvalidInputError(
                 f"Queries {self.queries.tolist()} or examples do not exist in {batch} sequences of {length} positions."
             )
-        self._block, self._positions, self.length = block, queries, length
+        self._block, self._positions, self.shape = block, queries, hidden.shape[:2]
         self._select = rows_selector(hidden, self.examples, queries)
-        self._input, self._calls, self._recorded = self._select(hidden), [], {}
+        self._input, self._calls, self._recorded = self._rows(hidden), [], {}
+
+    def _rows(self, states: Tensor) -> Tensor:
+        """Return the pairs' rows of states (B, S, D), as a batch of one, (1, T, D)."""
+        return select_rows(states, self.examples, self._positions, 1)[None]
 
     def _attend(self, function: Callable[..., Any], module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """Run the model's attention; keep what the queries' rows need, or answer a replay."""
@@ -283,9 +316,9 @@ class _Trace:
             return self._replay.attention(module)
         result = function(module, *args, **kwargs)
         if self._block is not None:
-            if args[0].shape[2] != self.length:
+            if args[0].shape[2] != self.shape[1]:
                 raise UnsupportedModelError(
-                    f"{type(module).__name__} attends with {args[0].shape[2]} queries in a sequence of {self.length}."
+                    f"{type(module).__name__} attends with {args[0].shape[2]} queries in a sequence of {self.shape[1]}."
                 )
             output = result[0] if isinstance(result, tuple) else result
             self._calls.append(
@@ -298,8 +331,8 @@ class _Trace:
         value = output[0] if isinstance(output, tuple) and output else output
         if self._block is None or self._replay is not None or not isinstance(value, Tensor) or value.ndim < 3:
             return
-        if value.shape[1] == self.length and value.is_floating_point():
-            self._recorded.setdefault(module, []).append(self._select(value))
+        if value.shape[:2] == self.shape and value.is_floating_point():
+            self._recorded.setdefault(module, []).append(self._rows(value))
 
     def _leave(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         if self._block is not block or self._replay is not None:
@@ -315,8 +348,8 @@ class _Trace:
         if self.chained and self._known:
             terms = self._known[len(self.order)]
         else:
-            terms = self._terms(block, map_tensors(args, select), map_tensors(kwargs, select), self._select(output))
-        self.last = self._select(output)
+            terms = self._terms(block, map_tensors(args, select), map_tensors(kwargs, select), self._rows(output))
+        self.last = self._rows(output)
         self.order.append(block)
         self.terms.append(terms)
         self._add(block, calls, terms)
@@ -330,7 +363,7 @@ class _Trace:
             (hidden - self.last.to(hidden)).abs().max() <= tolerance(hidden.dtype) * hidden.abs().max().clamp_min(1e-6)
         ):
             raise UnsupportedModelError(
-                f"{type(self.model).__name__} changes its residual stream between its blocks, or before its final norm, "
+                f"{type(self.model).__name__} changes its residual stream between its blocks or before its final norm, "
                 "so its logits are not the sum of what the blocks write."
             )
 
@@ -377,8 +410,8 @@ class _Trace:
         name = f"{self.names.get(call.module, '')} {type(call.module).__name__}"
         count = values.shape[-1]
         if "merged" in name.lower():
-            return [("positions", values[..., : self.length]), ("states", values[..., self.length :])]
-        return [("states" if count != self.length or _CROSS.search(name) else "positions", values)]
+            return [("positions", values[..., : self.shape[1]]), ("states", values[..., self.shape[1] :])]
+        return [("states" if count != self.shape[1] or _CROSS.search(name) else "positions", values)]
 
     def _scale(self, factor: Tensor) -> None:
         """Multiply what was collected so far, where a block multiplies its residual stream."""
@@ -390,7 +423,7 @@ class _Trace:
 
     def _final(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         if self._replay is None and self._block is None and args and args[0].ndim == 3:
-            self.normed_input = self._select(args[0]) if args[0].shape[1] == self.length else None
+            self.normed_input = self._rows(args[0]) if args[0].shape[1] == self.shape[1] else None
 
     def _check(self) -> None:
         if self.last is None:
@@ -400,12 +433,28 @@ class _Trace:
                 f"The attention of {type(self.model).__name__} does not use transformers' attention interface, so its "
                 "rows cannot be computed beside it."
             )
+        if not self.chained or self._known:
+            self._check_paths()
         if self.chosen is not None and (missing := [m for m in self.chosen if m not in self.order]):
             raise InvalidInputError(
-                f"{len(missing)} of {len(self.chosen)} layers are no blocks of the decoder that ran; pass decoder layers."
+                f"{len(missing)} of {len(self.chosen)} layers did not run as layers of the decoder; pass decoder "
+                "layers of the model that run calls."
             )
         if self.normed_input is not None:
             self._follow(self.normed_input)
+
+    def _check_paths(self) -> None:
+        """Raise unless the residual stream passes every block, and some attention reaches it."""
+        if not all(bool(terms.hidden.any()) for terms in self.terms):
+            raise UnsupportedModelError(
+                f"A block of {type(self.model).__name__} has no residual stream, so nothing before it contributes "
+                "directly to a logit."
+            )
+        if not any(_is_attributed(terms) for terms in self.terms):
+            raise UnsupportedModelError(
+                f"{type(self.model).__name__} mixes what its attention writes over positions, as by a convolution, "
+                "before it enters the residual stream, so no share of a logit belongs to a position."
+            )
 
     def _chain(self) -> None:
         """Compute all terms from the last block to the first, for the direction that the later blocks leave."""
@@ -444,14 +493,19 @@ class _Trace:
             scaled("other"),
             scaled("constant").sum(0) + constant,
             logits,
-            tuple(index for index, terms in enumerate(self.terms) if not terms.attention),
+            tuple(self.order),
+            tuple(index for index, terms in enumerate(self.terms) if not _is_attributed(terms)),
         )
-        size = torch.stack([embedding.abs().max(), result.attention.abs().max(), result.other.abs().max(), logits.abs().max()])
+        size = torch.stack(
+            [embedding.abs().max(), result.attention.abs().max(), result.other.abs().max(), logits.abs().max()]
+        )
         dtype = self.last.dtype  # type: ignore[union-attr]
-        if bool((result.total - logits).abs().max() > 10 * tolerance(dtype) * size.max() * max(1, len(self.terms)) ** 0.5):
+        if bool(
+            (result.total - logits).abs().max() > 10 * tolerance(dtype) * size.max() * max(1, len(self.terms)) ** 0.5
+        ):
             raise UnsupportedModelError(
-                f"The terms of {type(self.model).__name__} do not sum to its logits: {result.total.tolist()} instead of "
-                f"{logits.tolist()}."
+                f"The terms of {type(self.model).__name__} do not sum to its logits (gap "
+                f"{float((result.total - logits).abs().max()):.2g})."
             )
         return result
 
@@ -459,7 +513,7 @@ class _Trace:
         """Return the contributions of one kind, of all layers that were asked for; zero where a layer has none."""
         device, pairs = statistic.device, len(self.queries)
         known = [part[key] for part in self.parts if key in part]
-        count = max((value.shape[-1] for value in known), default=self.length if key == "positions" else 0)
+        count = max((value.shape[-1] for value in known), default=self.shape[1] if key == "positions" else 0)
         heads = max((value.shape[0] for value in known), default=1)
         shape = (heads, pairs, count) if self.detail == "head" else (pairs, count)
         rows = []
@@ -470,6 +524,11 @@ class _Trace:
                 value[tuple(slice(n) for n in own.shape)] = own
             rows.append(value * statistic[:, None])
         return rows[0] if self.detail == "sum" else torch.stack(rows)
+
+
+def _is_attributed(terms: Terms) -> bool:
+    """Return whether a block's output depends on attention rows."""
+    return any(bool(gradient.any()) for gradient in terms.attention)
 
 
 def _multiple(vectors: Tensor, of: Tensor) -> Tensor:

@@ -57,10 +57,11 @@ class FrozenNorm:
         signs[1::2] = -1
         generator = torch.Generator().manual_seed(0)
         sample = torch.randn(1, 2, width, generator=generator).to(signs) + 0.5
+        # Called without the hooks of a running trace.
         probe = torch.stack([64 * signs, -64 * signs])[None]
-        plus, minus = module(probe.to(dtype))[0].float()
+        plus, minus = module.forward(probe.to(dtype))[0].float()
         gain, bias = signs * (plus - minus) / 2, (plus + minus) / 2
-        actual = module(sample.to(dtype)).float()
+        actual = module.forward(sample.to(dtype)).float()
         rounding = 1e-3 if dtype in (torch.float32, torch.float64) else 3e-2
         for centered in (False, True):
             form = cls(gain, bias, centered)

@@ -1,4 +1,4 @@
-"""An explanation of a tiny model of every type of AutoModelForImageTextToText, end to end."""
+"""Every type of AutoModelForImageTextToText can be explained, end to end, as a tiny random model."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ from tests.testing.tiny import random_image
 
 NOT_EXPLAINED = LEFT_OUT | {
     "instructblipvideo": "takes videos only, of exactly four frames",
-    "pp_formulanet": "its processor crops each image by what it shows, and no gradient passes through it",
-    "udop": "its processor takes words with boxes from an OCR, not a prompt",
+    "pp_formulanet": "its processor crops each image by its content, and no gradient passes through it",
+    "udop": "its processor takes words with boxes from an OCR program, not a prompt",
 }
-# Visual tokens that the decoder reads, but not in its sequence, and the argument of its blocks that holds them.
+# Types whose visual tokens are not in the decoder's sequence, and the argument of its blocks that holds them.
 BY_GRADIENTS = {
     "blip": "encoder_hidden_states",
     "florence2": "encoder_hidden_states",
@@ -40,7 +40,7 @@ BY_GRADIENTS = {
     "t5gemma2": "encoder_hidden_states",
     "vision-encoder-decoder": "encoder_hidden_states",
 }
-# No place per visual token: resamplers, and a decoder that reads its encoder's cache.
+# Types whose visual tokens have no place in the image: resamplers, and a decoder that reads its encoder's cache.
 BY_PIXELS = {
     "aria",
     "blip-2",
@@ -51,79 +51,79 @@ BY_PIXELS = {
     "kosmos-2",
     "kosmos-2.5",
 }
-# Codes of quantized images: no small change moves them, so that the oracle cannot tell.
-CODES = {"chameleon", "emu3"}
-# Every pass reads the text before the image itself: layers that keep other states than all tokens' keys and values,
-# or share them; more arguments along the sequence; words that see what comes after them; another text at another size;
-# no text before the image; and those whose visual tokens are not in the sequence.
-READ_APART = {*BY_GRADIENTS, *BY_PIXELS - {"aria", "deepseek_ocr2", "idefics2"}} | {
+# Types that quantize images to codes, which no small change affects, so the oracle cannot decide.
+QUANTIZED = {"chameleon", "emu3"}
+# Types that cannot reuse the text before the image: layers keep other states than keys and values of all tokens, or
+# share them; more arguments run along the sequence; words attend to later tokens; the text depends on the image's size;
+# there is no text before the image; or visual tokens are not in the sequence.
+NO_PREFIX_REUSE = {*BY_GRADIENTS, *BY_PIXELS - {"aria", "deepseek_ocr2", "idefics2"}} | {
     *("dots3_note", "glm5_next", "inkling2", "inkling_mm_model", "lfm3_vl", "minicpm_ocr", "minicpmv4_6"),
     *("minicpmv4_7", "mistral_large4", "nemotron_h_omni", "qwen3_5", "qwen3_5_moe", "qwen4_exp"),
     *("gemma3n", "gemma4", "molmo2", "paligemma", "llama4", "chameleon", "fuyu"),
 }
-# Their vocabulary is read again when they have answered: a tail that is replayed, a head that reads scaled states, an
-# answer that is not read token by token.
+# Types whose tokens are ranked after the answer: the model's tail is replayed, its head takes scaled states, or the
+# answer is not generated token by token.
 RANKED_AFTERWARDS = {
     *("blip", "blip-2", "chameleon", "diffusion_gemma", "gemma3n", "glm5_next", "inkling2", "inkling_mm_model"),
     *("kosmos-2", "kosmos-2.5", "mistral_large4", "nemotron_h_omni", "qwen4_exp", "vision-encoder-decoder"),
 }
 
 
-def test_reasons() -> None:
+def test_the_exceptions_are_types_and_few() -> None:
     assert set(NOT_EXPLAINED) <= set(FAMILIES)
-    assert set(FAMILIES) > BY_PIXELS | set(BY_GRADIENTS) | READ_APART | RANKED_AFTERWARDS
+    assert set(FAMILIES) > BY_PIXELS | set(BY_GRADIENTS) | NO_PREFIX_REUSE | RANKED_AFTERWARDS
     assert len(FAMILIES) - len(NOT_EXPLAINED) >= 85
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("model_type", [t for t in FAMILIES if t not in NOT_EXPLAINED])
-def test_explain(model_type: str) -> None:
+def test_explain_gives_maps_at_the_right_places(model_type: str) -> None:
     model, processor = build(model_type)
     explanation = explain(model, processor, random_image(320, 200), "describe the picture", "a red cat", scales=(1.0,))
     methods = dict.fromkeys(BY_PIXELS, "input_x_gradient") | dict.fromkeys(BY_GRADIENTS, "layer_gradient_x_activation")
     assert explanation.settings["method"] == methods.get(model_type, "logit_lens")
     assert explanation.answer.split() == ["a", "red", "cat"]
     assert bool(explanation.maps[0].isfinite().all()) and bool(explanation.maps[0].any())
-    if model_type not in BY_PIXELS | CODES:
-        bound = ModelAdapter(model, processor)
-        prepare = lambda images: bound.prepare(images, "describe")  # noqa: E731
-        boxes = bound.geometry([(320, 200)])
-        assert boxes.argument == BY_GRADIENTS.get(model_type)
-        assert geometry_oracle(model, prepare, [random_image(320, 200)], boxes, blocks=12) >= 0.97
-    assert can_reuse_prefix(ModelAdapter(model, processor)) == (model_type not in READ_APART)
+    if model_type not in BY_PIXELS | QUANTIZED:
+        adapter = ModelAdapter(model, processor)
+        geometry = adapter.geometry([(320, 200)])
+        assert geometry.argument == BY_GRADIENTS.get(model_type)
+        images = [random_image(320, 200)]
+        agreement = geometry_oracle(model, lambda x: adapter.prepare(x, "describe"), images, geometry, blocks=12)
+        assert agreement >= 0.97
+    assert can_reuse_prefix(ModelAdapter(model, processor)) == (model_type not in NO_PREFIX_REUSE)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("model_type", [t for t in FAMILIES if t not in NOT_EXPLAINED])
-def test_rankings_of_its_own_answer(model_type: str) -> None:
-    bound = ModelAdapter(*build(model_type))
+def test_rankings_captured_while_generating_are_those_of_the_answer(model_type: str) -> None:
+    adapter = ModelAdapter(*build(model_type))
     options = dict(answer=None, scales=(1.0,), ranking_k=8, max_new_tokens=4)
-    with evaluation_mode(bound.model):
-        reading = collect_answer_activations(bound, [random_image(160, 120)], "describe the picture", **options)
-    ranked, n = reading.answer_rankings, reading.n_answer
+    with evaluation_mode(adapter.model):
+        captured = collect_answer_activations(adapter, [random_image(160, 120)], "describe the picture", **options)
+    ranked, n = captured.answer_rankings, captured.n_answer
     assert (ranked is None) == (model_type in RANKED_AFTERWARDS)
     if ranked is not None:
-        tokens = reading.last[: len(reading.text.ids)][-n:]
-        expected = bound.lens.rank(torch.cat([reading.last[-n:][:1], tokens]), 8)
+        tokens = captured.last[: len(captured.text.ids)][-n:]
+        expected = adapter.lens.rank(torch.cat([captured.last[-n:][:1], tokens]), 8)
         torch.testing.assert_close(ranked.log_normalizer, expected.log_normalizer, atol=1e-4, rtol=1e-4)
-        # Neighbors that are almost equal may change places.
+        # Words with almost equal logits may swap ranks.
         assert (ranked.ids == expected.ids).float().mean() > 0.9
 
 
-# Not by this loop: each pass has noise of its own; the tokenizer adds a token to the answer.
-NOT_BY_HAND = {"diffusion_gemma", "fuyu"}
+# Types that the loop of this test cannot replicate: each pass draws noise; the tokenizer adds a token to the answer.
+NOT_BY_LOOP = {"diffusion_gemma", "fuyu"}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("model_type", [t for t in FAMILIES if t not in {*NOT_EXPLAINED, *NOT_BY_HAND}])
-def test_feature_ablation(model_type: str) -> None:
+@pytest.mark.parametrize("model_type", [t for t in FAMILIES if t not in {*NOT_EXPLAINED, *NOT_BY_LOOP}])
+def test_feature_ablation_equals_a_loop_over_removed_features(model_type: str) -> None:
     model, processor = build(model_type)
-    bound = ModelAdapter(model, processor)
-    inp = ImageTextInput(bound, random_image(320, 200), "describe the picture", grid=(1, 2))
-    result = MultimodalLLMAttribution(FeatureAblation(model), bound).attribute(
-        inp, "a red cat", perturbations_per_eval=3
-    )
-    tokenizer, answer = processor.tokenizer, bound.tokenize_answer("a red cat")
+    adapter = ModelAdapter(model, processor)
+    inp = ImageTextInput(adapter, random_image(320, 200), "describe the picture", grid=(1, 2))
+    attribution = MultimodalLLMAttribution(FeatureAblation(model), adapter)
+    result = attribution.attribute(inp, "a red cat", perturbations_per_eval=3)
+    tokenizer, answer = processor.tokenizer, adapter.tokenize_answer("a red cat")
 
     def log_probabilities(image: Image.Image, without: str | None = None) -> torch.Tensor:
         inputs = prepare(model, processor, [image], "describe the picture")
@@ -133,18 +133,18 @@ def test_feature_ablation(model_type: str) -> None:
             inputs[key] = inputs[key].masked_fill(word, tokenizer.unk_token_id)
         return answer_logits(model, inputs, answer).log_softmax(-1)[range(len(answer)), answer]
 
-    hidden = []
+    without_feature = []
     for left in (0, 160):
         pixels = np.asarray(random_image(320, 200)).copy()
         pixels[:, left : left + 160] = pixels.reshape(-1, 3).mean(0).round()
-        hidden.append(log_probabilities(Image.fromarray(pixels)))
-    hidden += [log_probabilities(random_image(320, 200), word) for word in inp.values[2:]]
-    expected = log_probabilities(random_image(320, 200)) - torch.stack(hidden)
+        without_feature.append(log_probabilities(Image.fromarray(pixels)))
+    without_feature += [log_probabilities(random_image(320, 200), word) for word in inp.values[2:]]
+    expected = log_probabilities(random_image(320, 200)) - torch.stack(without_feature)
     assert torch.allclose(result.token_attr, expected.T, atol=1e-4)
 
 
 @pytest.mark.parametrize("model_type", ["qwen3_vl", "llama4", "ovis2"])
-def test_a_type_in_no_table(model_type: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_type_without_a_row_in_any_table_passes_the_check(model_type: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(families, "_FAMILIES", {})
     monkeypatch.setattr(pixel_probe, "NUMBERED_PATCHES", ())
     monkeypatch.setattr(cache, "_cache", type(cache._cache)())

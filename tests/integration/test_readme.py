@@ -1,4 +1,4 @@
-"""The README's Python runs as it stands, top to bottom."""
+"""The README's Python blocks run unchanged, one after the other."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 README = Path(__file__).parents[2] / "README.md"
 
 
-def test_the_readmes_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_python_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     blocks = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
     assert len(blocks) == 5
     monkeypatch.chdir(tmp_path)
@@ -24,7 +24,7 @@ def test_the_readmes_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert (tmp_path / "page.html").exists()
     tokens = len(names["forward"].targets)
     shapes = {name: tuple(names[name].shape) for name in ("attribution", "over_image", "every", "suppressed", "values")}
-    positions = names["forward"].inputs(names["picture"][0])["input_ids"].shape[1]
+    positions = names["forward"].inputs(names["image"][0])["input_ids"].shape[1]
     assert shapes == {
         "attribution": (1, 3, height, width),
         "over_image": (1, 1, height, width),

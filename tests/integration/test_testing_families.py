@@ -1,3 +1,5 @@
+"""The tiny random models of all types, which other tests use, let the image affect the answer."""
+
 from __future__ import annotations
 
 from typing import Any
@@ -12,6 +14,7 @@ BUILT = [model_type for model_type in FAMILIES if model_type not in LEFT_OUT]
 
 
 def word_ids(tokenizer: Any, *words: str) -> list[int]:
+    """Return the ids of words, which some tokenizers start with a mark for the space before."""
     vocabulary = tokenizer.get_vocab()
     return [vocabulary.get(word, vocabulary.get(f"▁{word}")) for word in words]
 
@@ -26,7 +29,7 @@ def test_every_type_is_built_or_left_out_for_a_reason() -> None:
 
 
 @pytest.mark.parametrize("model_type", BUILT)
-def test_the_image_reaches_the_words_of_the_answer(model_type: str) -> None:
+def test_the_image_affects_the_words_of_the_answer(model_type: str) -> None:
     model, processor = build(model_type)
     assert model.dtype == torch.float32 and not model.training
     assert not any(parameter.requires_grad for parameter in model.parameters())

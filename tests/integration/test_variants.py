@@ -1,4 +1,4 @@
-"""The same model in other forms gives the same explanation."""
+"""A model that is compiled, offloaded, adapted, quantized or in another dtype gets the same explanation."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def fresh_geometry(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cache, "_cache", type(cache._cache)())
 
 
-def explained(model: Any, processor: Any) -> Explanation:
+def explain_two_scales(model: Any, processor: Any) -> Explanation:
     return explain(model, processor, random_image(160, 120), "describe the picture", "a red dog", scales=(1.0, 1.5))
 
 
@@ -32,7 +32,7 @@ def offloaded(model: Any) -> Any:
 
 
 def split(model: Any) -> Any:
-    """Only the language model is offloaded, as where ``device_map`` has no room for all."""
+    """Offload the language model only, as ``device_map`` does if a device has no room for all parts."""
     accelerate = pytest.importorskip("accelerate")
     accelerate.cpu_offload(model.model.language_model)
     return model
@@ -40,7 +40,7 @@ def split(model: Any) -> Any:
 
 def with_lora(model: Any) -> Any:
     peft = pytest.importorskip("peft")
-    # Its matrices start at zero, so that the outputs stay what they were.
+    # LoRA's matrices are initialized so that outputs do not change.
     return peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj", "v_proj"]))
 
 
@@ -50,32 +50,32 @@ def eager(model: Any) -> Any:
 
 
 @pytest.mark.parametrize("change", [compiled, offloaded, split, with_lora, eager])
-def test_same_explanation(change: Callable[[Any], Any]) -> None:
+def test_a_variant_of_the_model_gets_the_same_explanation(change: Callable[[Any], Any]) -> None:
     model, processor = tiny("qwen2_vl")
-    expected = explained(model, processor)
+    expected = explain_two_scales(model, processor)
     cache._cache.clear()
-    actual = explained(change(tiny("qwen2_vl")[0]), processor)
+    actual = explain_two_scales(change(tiny("qwen2_vl")[0]), processor)
     torch.testing.assert_close(actual.maps[0], expected.maps[0], atol=1e-3, rtol=1e-3)
     torch.testing.assert_close(actual.relevance, expected.relevance, atol=1e-3, rtol=1e-3)
 
 
 @pytest.mark.parametrize("model_type", ["qwen2_vl", "internvl"])
-def test_int8(model_type: str) -> None:
+def test_int8_keeps_the_maps_correlated(model_type: str) -> None:
     model, processor = tiny(model_type)
-    expected = explained(model, processor)
+    expected = explain_two_scales(model, processor)
     cache._cache.clear()
     quantized = torch.ao.quantization.quantize_dynamic(model, {torch.nn.Linear}, dtype=torch.qint8)
-    actual = explained(quantized, processor)
+    actual = explain_two_scales(quantized, processor)
     assert actual.maps[0].shape == expected.maps[0].shape
     both = torch.stack([actual.maps[0].flatten(), expected.maps[0].flatten()])
     assert torch.corrcoef(both)[0, 1] > 0.9
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision(dtype: torch.dtype) -> None:
+def test_half_precision_keeps_the_maps_correlated(dtype: torch.dtype) -> None:
     model, processor = tiny("internvl")
-    expected = explained(model, processor)
+    expected = explain_two_scales(model, processor)
     cache._cache.clear()
-    actual = explained(model.to(dtype), processor)
+    actual = explain_two_scales(model.to(dtype), processor)
     both = torch.stack([actual.maps[0].flatten(), expected.maps[0].flatten()])
     assert torch.corrcoef(both)[0, 1] > 0.95

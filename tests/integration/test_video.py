@@ -1,3 +1,5 @@
+"""A video is explained frame by frame, for every family that takes videos."""
+
 from __future__ import annotations
 
 import pytest
@@ -10,7 +12,7 @@ from tests.testing.families import build
 from tests.testing.tiny import random_image, tiny
 
 SIZE = (160, 120)
-# How many successive frames the model merges into one.
+# Number of successive frames that the model merges into one.
 MERGED = {
     "qwen2_vl": 2,
     "qwen2_5_vl": 2,
@@ -21,7 +23,7 @@ MERGED = {
     "smolvlm": 1,
     "internvl": 1,
     "video_llama_3": 1,
-    # Their processors write each frame's time before its tokens.
+    # The processors of these write each frame's time before its tokens.
     "glm4v": 2,
     "glm46v": 2,
     "glm5_next": 2,
@@ -34,7 +36,7 @@ def frames(count: int = 4) -> list[Image.Image]:
 
 
 @pytest.mark.parametrize("model_type", MERGED)
-def test_frames_are_images_in_time(model_type: str) -> None:
+def test_maps_change_from_frame_to_frame_unless_frames_are_merged(model_type: str) -> None:
     model, processor = build(model_type)
     adapter = ModelAdapter(model, processor, video=True)
     geometry = adapter.geometry([SIZE] * 4)
@@ -51,7 +53,7 @@ def test_frames_are_images_in_time(model_type: str) -> None:
     assert not torch.equal(result.maps[1], result.maps[2])
 
 
-def test_frames_are_not_the_same_prompt_as_images() -> None:
+def test_frames_of_a_video_are_encoded_differently_from_separate_images() -> None:
     model, processor = tiny("qwen2_vl")
     arguments = (model, processor, frames(2), "describe the picture", "a red dog")
     as_video, as_images = explain(*arguments, scales=(1.0,), video=True), explain(*arguments, scales=(1.0,))
@@ -59,13 +61,13 @@ def test_frames_are_not_the_same_prompt_as_images() -> None:
     assert torch.equal(as_video.maps[0], as_video.maps[1])
 
 
-def test_frames_of_different_sizes() -> None:
+def test_frames_of_different_sizes_are_rejected() -> None:
     model, processor = tiny("qwen2_vl")
     with pytest.raises(ValueError, match=r"one size, got \[\(60, 60\), \(160, 120\)\]"):
         explain(model, processor, [frames(1)[0], Image.new("RGB", (60, 60))], "describe", "a dog", video=True)
 
 
-def test_a_model_without_videos() -> None:
+def test_a_model_without_video_input_rejects_frames() -> None:
     model, processor = tiny("llava")
     with pytest.raises(ValueError, match="takes no videos"):
         explain(model, processor, frames(), "describe the picture", "a dog", video=True)
