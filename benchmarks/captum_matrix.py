@@ -5,7 +5,7 @@ r"""Which Captum methods run inside MSEA on which kinds of models?
 Each cell runs the method alone, then inside MSEA at scales 0.5, 1 and 1.5, on a small random model. It works if the
 result has the method's own shape, is finite and not all zero. Otherwise, the table has the error that a user gets.
 
-Needs: the package with its ``test`` extra (scikit-learn, for Lime); MINUTES
+Needs: the package with its ``test`` extra (scikit-learn, for Lime); about a minute on one core.
 
 Prints: the number of cells that work, a table of methods and models, and the reasons of failures. The README quotes
 ``results/captum_matrix.md``.

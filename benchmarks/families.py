@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import re
 import sys
 import time
 from collections.abc import Callable
@@ -44,6 +45,8 @@ HEADER = (
     "type", "class", "explained by", "visual tokens", "oracle (chance)", "lens", "scales", "several images", "video",
     "Captum on pixels; notes",
 )  # fmt: skip
+# The table has a column for this end of a detail.
+PIXELS_SUFFIX = re.compile(r"(;|\. The model is) explained by its pixels$")
 QUESTION, ANSWER = "describe the picture", "a red cat"
 EXPLANATION = """Printed by `python benchmarks/families.py`, on tiny random models of the real classes with their real
 processors and an image of 640 x 400 pixels (video: four frames of 320 x 200). *Oracle*: how often the token that
@@ -146,7 +149,7 @@ def cells(row: dict[str, Any]) -> list[str]:
     ]
     notes += [row["error"]] if "error" in row else []
     if geometry and geometry["passed"] is None:
-        notes.append(geometry["detail"].removesuffix(" Explained by its pixels"))
+        notes.append(PIXELS_SUFFIX.sub("", geometry["detail"]))
     notes += [f"{name}: {c['detail']}" for name, c in checks.items() if c["passed"] is False]
     kinds = geometry.get("tokens", {})
     method = METHODS.get(row.get("method", ""), "**fails**")

@@ -6,7 +6,7 @@ r"""How much do the options of MSEA and ARC matter? Each option is varied alone,
 Each setting is an explainer of one evaluation (``captum-intramodal evaluate``), whose table, tests and records are in
 ``RUN``. A stopped run resumes if it is started again.
 
-Needs: the package only (the demo checkpoint is part of it); MINUTES.
+Needs: the package only (the demo checkpoint is part of it); about 15 seconds on one core per scene.
 
 Prints: one table with a row per option and value, and the metrics' means with 95 % bootstrap intervals over scenes.
 ``--report`` writes it, with a plot of the same name beside it. The README quotes ``results/sensitivity.md``.

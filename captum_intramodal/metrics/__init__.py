@@ -31,6 +31,7 @@ __all__ = [
     "ImageRemoval",
     "Imputer",
     "Interval",
+    "PictureRemoval",
     "RandomizationStep",
     "TAMScores",
     "TokenRemoval",
@@ -56,3 +57,6 @@ __all__ = [
     "tam_scores",
     "word_types",
 ]
+
+# Its name before 0.2.
+PictureRemoval = ImageRemoval

@@ -8,9 +8,10 @@ after the attention, layer scales and residual multipliers are parts of that fun
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -157,7 +158,9 @@ class BlockReplay:
 
         block (torch.nn.Module): The block.
         calls (Sequence[AttentionCall]): Its attention calls in the model's own pass.
-        recorded (dict): Rows of what modules without attention returned in that pass, (1, T, ...), in order.
+        recorded (dict): Rows of what modules without attention returned in that pass, (1, T, ...), in order; of tuples
+                    the first element.
+        tuples (set): Modules that returned tuples.
         norms (dict): Norms that have been measured already, extended.
     """
 
@@ -166,6 +169,7 @@ class BlockReplay:
         block: nn.Module,
         calls: Sequence[AttentionCall],
         recorded: dict[nn.Module, list[Tensor]],
+        tuples: set[nn.Module],
         norms: dict[tuple[nn.Module, int], FrozenNorm],
     ) -> None:
         self.block, self.calls, self.recorded, self.norms = block, calls, recorded, norms
@@ -175,6 +179,10 @@ class BlockReplay:
         self._norms = [m for m in block.modules() if is_norm(m) and m is not block]
         self._branches = [m for m in block.modules() if m not in ancestors and not is_norm(m) and m is not block]
         self._units = {m for m in self._branches if _is_unit(m)}
+        # What these return is known, so that they need not run again.
+        self._known = [m for m in self._units if m in recorded and m not in tuples]
+        known = set(self._known)
+        self._branches = [m for m in self._branches if m not in known]
         self._kinds: dict[int, str] = {}
         self._leaves: dict[str, list[Tensor]] = {"hidden": [], "attention": [], "other": []}
         self._zero = False
@@ -242,6 +250,7 @@ class BlockReplay:
             stack.enter_context(register_hooks(self.attending, _detach_arguments, before=True, with_kwargs=True))
             stack.enter_context(register_hooks(self._norms, self._freeze))
             stack.enter_context(register_hooks(self._branches, self._cut, with_kwargs=True))
+            stack.enter_context(_replace_forwards(self._known, self._stand_in))
             output = self.block.forward(*map(swap, args), **{key: swap(value) for key, value in kwargs.items()})
         while not isinstance(output, Tensor):
             output = output[0]
@@ -278,6 +287,30 @@ class BlockReplay:
         with torch.no_grad():
             step = self._step(measure)
         return None if step is None else step[0].apply(x, step[1]).to(output.dtype)
+
+    def _stand_in(self, module: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Answer a call of a branch by the rows that it returned in the model's own pass, as a leaf; or run it, if it
+        projects nothing but an attention's output."""
+        made: list[Any] = []
+
+        def decide() -> tuple[str, Tensor | None]:
+            index = self._made.get(module, 0)
+            self._made[module] = index + 1
+            own = self.recorded[module][index] if index < len(self.recorded[module]) else None
+            inputs = _tensors((args, kwargs))
+            sources = self._sources(inputs)
+            if own is not None and not _joins(inputs) and sources != {"attention"}:
+                return ("cut" if sources else "constant"), own
+            made.append(forward(*args, **kwargs))
+            # If it differs, something in this module mixes positions.
+            return ("cut", own) if own is not None and _differs(_first(made[0]), own) else ("run", None)
+
+        kind, value = self._step(decide)
+        if value is None:
+            return made[0] if made else forward(*args, **kwargs)
+        if kind == "constant":
+            return value
+        return torch.zeros_like(value) if self._zero else self._leaf(value, "other").clone()
 
     def _cut(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         """Cut a branch off: what it returns becomes a leaf, unless it projects nothing but an attention's output."""
@@ -321,6 +354,22 @@ class BlockReplay:
                     seen.add(parent)
                     waiting.append(parent)
         return kinds
+
+
+@contextmanager
+def _replace_forwards(modules: Sequence[nn.Module], stand_in: Callable[..., Any]) -> Iterator[None]:
+    """Let ``stand_in`` answer the calls of modules, given the module and its forward before the arguments."""
+    before = [(module, module.__dict__.get("forward")) for module in modules]
+    try:
+        for module in modules:
+            module.__dict__["forward"] = partial(stand_in, module, module.forward)
+        yield
+    finally:
+        for module, forward in before:
+            if forward is None:
+                module.__dict__.pop("forward", None)
+            else:
+                module.__dict__["forward"] = forward
 
 
 def _is_unit(module: nn.Module) -> bool:

@@ -267,6 +267,7 @@ class _Trace:
         self._select: Callable[[Tensor], Tensor] = lambda tensor: tensor
         self._calls: list[AttentionCall] = []
         self._recorded: dict[nn.Module, list[Tensor]] = {}
+        self._tuples: set[nn.Module] = set()
 
     def run(self, run: Callable[[], Any]) -> bool:
         """Run a forward pass and collect; return False if another pass is needed, for which this one found the
@@ -328,11 +329,15 @@ class _Trace:
 
     def _record(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Keep the rows of what a part of a block returns."""
+        if self._block is None or self._replay is not None:
+            return
         value = output[0] if isinstance(output, tuple) and output else output
-        if self._block is None or self._replay is not None or not isinstance(value, Tensor) or value.ndim < 3:
+        if not isinstance(value, Tensor) or value.ndim < 3:
             return
         if value.shape[:2] == self.shape and value.is_floating_point():
             self._recorded.setdefault(module, []).append(self._rows(value))
+            if value is not output:
+                self._tuples.add(module)
 
     def _leave(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         if self._block is not block or self._replay is not None:
@@ -369,7 +374,7 @@ class _Trace:
 
     def _terms(self, block: nn.Module, args: Any, kwargs: Any, output: Tensor) -> Terms:
         """Replay a block, and compute its terms for the direction that no later block changes."""
-        self._replay = BlockReplay(block, self._calls, self._recorded, self.norms)
+        self._replay = BlockReplay(block, self._calls, self._recorded, self._tuples, self.norms)
         try:
             graph = self._replay.graph(args, kwargs, self._input, output)
         finally:

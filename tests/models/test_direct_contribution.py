@@ -36,7 +36,7 @@ REFUSED = {
 }
 # Types with layers that have no attention rows: linear attention, convolutions, MLPs apart.
 PARTLY = {
-    *("lfm2_vl", "lfm3_vl", "minicpm_ocr", "minicpmv4_6", "minicpmv4_7", "nemotron_h_omni", "qwen3_5", "qwen3_5_moe"),
+    *("lfm3_vl", "minicpm_ocr", "minicpmv4_6", "minicpmv4_7", "nemotron_h_omni", "qwen3_5", "qwen3_5_moe"),
 }
 
 
