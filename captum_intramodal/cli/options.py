@@ -20,6 +20,8 @@ class Method(str, Enum):
 
     auto = "auto"
     logit_lens = "logit_lens"
+    direct_contribution = "direct_contribution"
+    lens_x_contribution = "lens_x_contribution"
     layer_gradient_x_activation = "layer_gradient_x_activation"
     input_x_gradient = "input_x_gradient"
 

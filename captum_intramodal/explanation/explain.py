@@ -19,7 +19,7 @@ from captum_intramodal.errors import InvalidInputError, InvalidOptionError
 from captum_intramodal.explanation.activations import Activations, collect_activations
 from captum_intramodal.explanation.context import relate, relate_without_rankings, suppress_together
 from captum_intramodal.explanation.explanation import Explanation
-from captum_intramodal.explanation.options import ChangedDecisions, ExplainOptions, Method, Scales
+from captum_intramodal.explanation.options import LENS_METHODS, ChangedDecisions, ExplainOptions, Method, Scales
 from captum_intramodal.functional.aggregation import Aggregation, normalized_weights
 from captum_intramodal.models.hooks import evaluation_mode
 from captum_intramodal.models.logit_lens import LogitLens, LogitNormalization
@@ -99,12 +99,17 @@ def explain(
         method (str, optional): How maps are computed. ``'logit_lens'``: at visual tokens in the decoder's sequence.
                     ``'layer_gradient_x_activation'``: at visual tokens wherever the decoder reads them, including
                     cross-attention and encoder-decoders; one backward pass per token and scale.
+                    ``'direct_contribution'``: how much the answer's attention to a visual token adds to the token's
+                    logit, over all heads and layers; one pass over prompt and answer per scale, no gradients.
+                    ``'lens_x_contribution'``: the geometric mean of lens and contribution, that is, what a visual token
+                    encodes and the answer reads.
                     ``'input_x_gradient'``: at the pixels, for models whose visual tokens cover no known regions
-                    (resamplers); one backward pass per token and scale. ``'auto'``: the first that the model supports.
+                    (resamplers); one backward pass per token and scale. ``'auto'``: the first of
+                    lens, ``'layer_gradient_x_activation'`` and ``'input_x_gradient'`` that the model supports.
                     Default: ``'auto'``
-        layer (int, optional): Decoder layer whose output the lens reads, or at whose input activation times gradient is
-                    computed.
-                    Default: None, the last for the lens, the first for gradients
+        layer (int, optional): Decoder layer whose output the lens reads, at whose input activation times gradient is
+                    computed, or whose attention contributes.
+                    Default: None, the last for the lens, the first for gradients, all for contributions
         logit_normalization (str, optional): ``'raw'``: the lens's logits, as in the paper. ``'centered'``: less their
                     mean over the vocabulary, which makes maps invariant to a vector added to every row of the
                     unembedding. ``'zscore'``: centered, divided by the standard deviation over the vocabulary.
@@ -336,7 +341,7 @@ def _explanation(
         relevance = context.text_activation * context.context
         maps = suppress_together(arc, maps, context)
     shown, text = activations.text.displayed, activations.text
-    last_layer = options.layer is None and activations.method == "logit_lens"
+    last_layer = options.layer is None and activations.method in LENS_METHODS
     return Explanation(
         images=activations.images,
         prompt=text.prompt,

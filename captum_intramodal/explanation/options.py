@@ -10,10 +10,19 @@ from captum_intramodal.errors import InvalidOptionError
 from captum_intramodal.functional.aggregation import AGGREGATIONS, Aggregation, check_scales, normalized_weights
 from captum_intramodal.models.logit_lens import LOGIT_NORMALIZATIONS, LogitNormalization
 
-__all__ = ["CHANGED_DECISIONS", "METHODS", "ChangedDecisions", "ExplainOptions", "Method", "Scales"]
+__all__ = ["CHANGED_DECISIONS", "LENS_METHODS", "METHODS", "ChangedDecisions", "ExplainOptions", "Method", "Scales"]
 
-Method = Literal["auto", "logit_lens", "layer_gradient_x_activation", "input_x_gradient"]
+Method = Literal[
+    "auto",
+    "logit_lens",
+    "direct_contribution",
+    "lens_x_contribution",
+    "layer_gradient_x_activation",
+    "input_x_gradient",
+]
 METHODS: tuple[Method, ...] = get_args(Method)
+# Methods that apply the logit lens at visual tokens in the decoder's sequence.
+LENS_METHODS: tuple[Method, ...] = ("logit_lens", "lens_x_contribution")
 ChangedDecisions = Literal["keep", "drop", "weigh"]
 CHANGED_DECISIONS: tuple[ChangedDecisions, ...] = get_args(ChangedDecisions)
 Scales = Sequence[float] | Literal["auto"]

@@ -2,23 +2,25 @@ r"""The forward passes at each scale, batched over examples, and the maps that f
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from captum_intramodal.adapter.contribution import direct_contribution
 from captum_intramodal.adapter.encoding import Encoding
 from captum_intramodal.adapter.gradients import layer_gradient_x_activation
 from captum_intramodal.adapter.model_adapter import ModelAdapter
 from captum_intramodal.adapter.prefix_cache import TextPrefix, visual_states
 from captum_intramodal.adapter.prompts import Prompt
 from captum_intramodal.adapter.text_tokens import TextTokens, text_positions
-from captum_intramodal.explanation.options import ExplainOptions
+from captum_intramodal.explanation.options import LENS_METHODS, ExplainOptions, Method
 from captum_intramodal.explanation.scale_maps import PixelScaleMaps, ScaleMaps, TokenScaleMaps
 from captum_intramodal.explanation.scale_views import ScaleView
 from captum_intramodal.geometry.pixel_map import PixelMaps, Size
+from captum_intramodal.geometry.token_geometry import TokenGeometry
 from captum_intramodal.models.ranking import Rankings
 
 __all__ = ["Example", "compute_scale_maps"]
@@ -84,7 +86,7 @@ def compute_scale_maps(
     """
     methods = {i: view.method(options.method) for i, view in views.items()}
     # The pass over the answer has processed the images at scale 1 already.
-    waiting = {i: view for i, view in views.items() if methods[i] == "logit_lens" and scale != 1.0}
+    waiting = {i: view for i, view in views.items() if methods[i] in LENS_METHODS and scale != 1.0}
     lens = adapter.lens.with_normalization(options.logit_normalization)
     states = _visual_states(waiting, examples, lens_layer)
     result: dict[int, ScaleMaps] = {}
@@ -95,19 +97,43 @@ def compute_scale_maps(
             positions = text_positions(view.adapter, encoding)
             result[i] = PixelScaleMaps.from_gradients(view.adapter, scale, layout, encoding, positions)
             continue
-        if methods[i] == "logit_lens":
-            visual = states.get(i, example.visual_states)
-            values = lens.activation(visual, example.text.ids).T
-        else:
-            parts = [
-                layer_gradient_x_activation(
-                    view.adapter, encoding, text_positions(view.adapter, encoding), layout.argument, options.layer
-                )
-                for encoding in _encodings(view, example)
-            ]
-            values = torch.cat(parts, dim=1)
-        result[i] = TokenScaleMaps(scale, values.clamp_min(0).cpu(), layout)
+        factors = []
+        if methods[i] in LENS_METHODS:
+            factors.append(lens.activation(states.get(i, example.visual_states), example.text.ids).T)
+        if methods[i] != "logit_lens":
+            # The layer of a product is that of its lens.
+            layer = None if methods[i] in LENS_METHODS else options.layer
+            factors.append(_attribute_visual_tokens(view, example, _ATTRIBUTIONS[methods[i]], layer))
+        result[i] = TokenScaleMaps(scale, _geometric_mean(factors), layout)
     return result
+
+
+# Attributions to visual tokens from a pass of their own over prompt and answer, by method.
+_ATTRIBUTIONS: Mapping[Method, Callable[..., Tensor]] = {
+    "layer_gradient_x_activation": layer_gradient_x_activation,
+    "direct_contribution": direct_contribution,
+    "lens_x_contribution": direct_contribution,
+}
+
+
+def _attribute_visual_tokens(
+    view: ScaleView, example: Example, attribute: Callable[..., Tensor], layer: int | None
+) -> Tensor:
+    """Attribute the text tokens to the visual tokens of all passes, (T, V)."""
+    assert isinstance(view.layout, TokenGeometry)
+    argument = view.layout.argument
+    parts = [
+        attribute(view.adapter, encoding, text_positions(view.adapter, encoding), argument, layer)
+        for encoding in _encodings(view, example)
+    ]
+    return torch.cat(parts, dim=1)
+
+
+def _geometric_mean(factors: Sequence[Tensor]) -> Tensor:
+    """Return the geometric mean of one or two maps, clipped at 0, on the CPU."""
+    first, *others = (factor.float().clamp_min(0).cpu() for factor in factors)
+    # The product of the roots: that of the values could overflow.
+    return first if not others else first.sqrt() * others[0].sqrt()
 
 
 def _encodings(view: ScaleView, example: Example) -> Iterator[Encoding]:

@@ -14,7 +14,7 @@ from captum_intramodal.adapter.model_adapter import ModelAdapter
 from captum_intramodal.adapter.position_interpolation import measure_resized_input
 from captum_intramodal.errors import NoTokenGeometryError, UnsupportedModelError
 from captum_intramodal.explanation.crops import Crop, crop_images, measure_crops
-from captum_intramodal.explanation.options import ExplainOptions, Method, Scales
+from captum_intramodal.explanation.options import LENS_METHODS, ExplainOptions, Method, Scales
 from captum_intramodal.functional.aggregation import DEFAULT_SCALES
 from captum_intramodal.geometry.pixel_map import PixelMaps
 from captum_intramodal.geometry.token_geometry import TokenGeometry
@@ -80,9 +80,9 @@ def select_views(
         scales (Sequence[float] or str): Factors of their size. ``'auto'``: the default factors that give the model a
                     token grid of their own, then reductions that do, up to three scales.
         inputs (Mapping): The processor's output for the original images.
-        method (str, optional): ``'logit_lens'`` and ``'layer_gradient_x_activation'`` need visual tokens that cover
-                    known regions (:class:`TokenGeometry`), the lens tokens in the decoder's sequence;
-                    ``'input_x_gradient'`` needs to know which pixels an element samples (:class:`PixelMaps`).
+        method (str, optional): every method but ``'input_x_gradient'`` needs visual tokens that cover known regions
+                    (:class:`TokenGeometry`), the lens tokens in the decoder's sequence; ``'input_x_gradient'``
+                    needs to know which pixels an element samples (:class:`PixelMaps`).
                     ``'auto'``: the first one that the model supports.
                     Default: ``'auto'``
         crops (bool, optional): If enlarging gives the model nothing more, process cut-outs
@@ -163,7 +163,7 @@ def _usable_geometry(adapter: ModelAdapter, sizes: Sequence[tuple[int, int]], me
     geometry = adapter.geometry(sizes)
     if not bool(geometry.is_local.any()):
         raise NoTokenGeometryError(f"None of the {len(geometry.kinds)} visual tokens covers a region of the image.")
-    if method == "logit_lens" and geometry.argument is not None:
+    if method in LENS_METHODS and geometry.argument is not None:
         raise UnsupportedModelError(
             f"The visual tokens of {type(adapter.model).__name__} are in {geometry.argument}, not in the decoder's "
             "sequence; use method='layer_gradient_x_activation'."

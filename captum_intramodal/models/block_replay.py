@@ -21,6 +21,7 @@ from captum_intramodal.errors import UnsupportedModelError
 from captum_intramodal.models.attention_rows import AttentionCall, select_rows, tolerance
 from captum_intramodal.models.frozen_norm import FrozenNorm, is_norm
 from captum_intramodal.models.hooks import register_hooks
+from captum_intramodal.models.layer_io import first_tensor
 
 __all__ = ["BlockGraph", "BlockReplay", "Terms", "find_hidden", "map_tensors", "rows_selector"]
 
@@ -252,9 +253,7 @@ class BlockReplay:
             stack.enter_context(register_hooks(self._branches, self._cut, with_kwargs=True))
             stack.enter_context(_replace_forwards(self._known, self._stand_in))
             output = self.block.forward(*map(swap, args), **{key: swap(value) for key, value in kwargs.items()})
-        while not isinstance(output, Tensor):
-            output = output[0]
-        return output
+        return first_tensor(output)
 
     def _step(self, make: Callable[[], Any]) -> Any:
         """Return this step's decision: made in the first run, repeated in the run at zero."""

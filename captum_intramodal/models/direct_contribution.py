@@ -26,6 +26,7 @@ from captum_intramodal.models.block_replay import (
 from captum_intramodal.models.decoder import decoder_blocks, decoder_layers, final_norm
 from captum_intramodal.models.frozen_norm import FrozenNorm, is_norm
 from captum_intramodal.models.hooks import evaluation_mode, register_hooks
+from captum_intramodal.models.layer_io import first_tensor
 from captum_intramodal.models.logit_lens import LogitLens
 
 __all__ = ["Detail", "DirectContribution", "direct_contribution"]
@@ -161,7 +162,7 @@ def direct_contribution(
     examples = torch.zeros_like(queries) if examples is None else examples
     unembedding = _Unembedding(model, LogitLens(model) if lens is None else lens, tokens)
     trace = _Trace(model, unembedding, examples, queries, layers, detail, working_memory)
-    with evaluation_mode(model, gradients=True), torch.no_grad():
+    with torch.inference_mode(False), evaluation_mode(model, gradients=True), torch.no_grad():
         while not trace.run(run):
             pass
     return trace.result()
@@ -342,8 +343,7 @@ class _Trace:
     def _leave(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         if self._block is not block or self._replay is not None:
             return
-        while not isinstance(output, Tensor):
-            output = output[0]
+        output = first_tensor(output)
         calls, self._block = self._calls, None
         if block not in self.layers and not calls and block is not self.unembedding.lens.layers[-1]:
             return

@@ -209,7 +209,8 @@ def test_examples_of_a_padded_batch_are_as_alone() -> None:
 
 def test_low_precision_and_the_models_own_state() -> None:
     adapter, encoding, queries, tokens = encoded("llava")
-    exact = trace(adapter, encoding, queries, tokens)
+    with torch.inference_mode():
+        exact = trace(adapter, encoding, queries, tokens)
     adapter.model.to(torch.bfloat16)
     adapter.model.train()
     result = trace(adapter, encoding, queries, tokens)
