@@ -79,6 +79,7 @@ class Terms:
     What a block adds to a linear function of its output, for T rows.
 
     Attributes:
+        direction (Tensor): the function's gradient at the block's output, rounded to its dtype, float32 (T, D).
         hidden (Tensor): the function's gradient at the block's input, float32 (T, D).
         attention (list[Tensor]): its gradient at the output of each attention call, float32 (T, H, d).
         attended (Tensor): the sum over all attention calls, float32 (T,).
@@ -86,6 +87,7 @@ class Terms:
         constant (Tensor): biases, float32 (T,).
     """
 
+    direction: Tensor
     hidden: Tensor
     attention: list[Tensor]
     attended: Tensor
@@ -143,6 +145,7 @@ class BlockGraph:
             )
         zero = torch.zeros_like(total)
         return Terms(
+            toward[0].float(),
             filled[0][0].float(),
             [gradient[0].float() for gradient in filled[1:end]],
             sum(products[1:end], zero),

@@ -382,7 +382,7 @@ class _Trace:
         direction = self.unembedding.direction.to(output.device)
         with torch.enable_grad():
             terms = graph.terms(direction)
-        if not self.chained and not _is_multiple(terms.hidden, direction, output.dtype):
+        if not self.chained and not _is_multiple(terms.hidden, terms.direction, output.dtype):
             self.chained = True
         if self.chained:
             self._graphs.append(graph)
@@ -393,8 +393,7 @@ class _Trace:
         if self.chained and not self._known:
             return
         if not self.chained:
-            factor = _multiple(terms.hidden, self.unembedding.direction.to(terms.hidden.device))
-            self._scale(factor)
+            self._scale(_multiple(terms.hidden, terms.direction))
         if self.chosen is not None and block not in self.chosen:
             return
         part: dict[str, Tensor] = {}
@@ -478,13 +477,12 @@ class _Trace:
         """Return all terms, scaled by the final norm's statistic."""
         statistic, constant, logits = self.unembedding.finish(self.last[0])  # type: ignore[index]
         device = statistic.device
-        base = self.unembedding.direction.to(device)
         # What the blocks after each block multiply the residual stream by.
         later = [statistic] * len(self.terms)
         if not self.chained:
             for index in range(len(self.terms) - 1, 0, -1):
-                hidden = self.terms[index].hidden.to(device)
-                later[index - 1] = later[index] * _multiple(hidden, base)
+                terms = self.terms[index]
+                later[index - 1] = later[index] * _multiple(terms.hidden, terms.direction).to(device)
         scaled = lambda name: torch.stack(  # noqa: E731
             [getattr(terms, name).to(device) * factor for terms, factor in zip(self.terms, later, strict=True)]
         )
