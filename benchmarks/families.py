@@ -192,7 +192,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 def main(
     types: Annotated[list[str] | None, typer.Argument(help="Model types; all by default.")] = None,
     out: Report = None,
-    timeout: Annotated[float, typer.Option(help="Most seconds for one type.")] = 90,
+    timeout: Annotated[float, typer.Option(help="Most seconds for one type.")] = 300,
 ) -> None:
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
