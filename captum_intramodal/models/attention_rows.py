@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from threading import RLock, get_ident
 from typing import Any
 
 import torch
@@ -15,6 +17,9 @@ from captum_intramodal._utils.memory import items_within, run_in_chunks
 from captum_intramodal.errors import UnsupportedModelError
 
 __all__ = ["AttentionCall", "intercept_attention", "select_rows", "tolerance"]
+
+# Two threads that exit in another order than they entered would leave the interface wrapped for good.
+_INTERCEPTING = RLock()
 
 
 def tolerance(dtype: torch.dtype) -> float:
@@ -35,7 +40,8 @@ def intercept_attention(handle: Callable[..., Any]) -> Iterator[None]:
     Let ``handle`` answer every call of transformers' attention interface in the ``with`` block.
 
     The implementation that a model's configuration names is resolved as usual and passed on, the default of models
-    without any other included. Configurations do not change, as some models choose their masks by them.
+    without any other included. Configurations do not change, as some models choose their masks by them. Calls of other
+    threads go to their implementation directly; a second thread that wants to intercept waits for the first.
 
     Args:
 
@@ -53,26 +59,23 @@ def intercept_attention(handle: Callable[..., Any]) -> Iterator[None]:
         >>> len(shapes) == len(adapter.lens.layers)
         True
     """
-    interface = ALL_ATTENTION_FUNCTIONS
-    before = interface.__dict__.get("get_interface")
-    resolve = interface.get_interface
+    interface, owner = ALL_ATTENTION_FUNCTIONS, get_ident()
+    with _INTERCEPTING:
+        before = interface.__dict__.get("get_interface")
+        resolve = interface.get_interface
 
-    def get_interface(*args: Any, **kwargs: Any) -> Callable[..., Any]:
-        function = resolve(*args, **kwargs)
+        def get_interface(*args: Any, **kwargs: Any) -> Callable[..., Any]:
+            function: Callable[..., Any] = resolve(*args, **kwargs)
+            return partial(handle, function) if get_ident() == owner else function
 
-        def attention(*inputs: Any, **options: Any) -> Any:
-            return handle(function, *inputs, **options)
-
-        return attention
-
-    interface.__dict__["get_interface"] = get_interface
-    try:
-        yield
-    finally:
-        if before is None:
-            del interface.__dict__["get_interface"]
-        else:
-            interface.__dict__["get_interface"] = before
+        interface.__dict__["get_interface"] = get_interface
+        try:
+            yield
+        finally:
+            if before is None:
+                del interface.__dict__["get_interface"]
+            else:
+                interface.__dict__["get_interface"] = before
 
 
 @dataclass
