@@ -2,6 +2,8 @@ r"""How much does each token, visual or textual, contribute directly to the logi
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 from torch import Tensor, nn
 
@@ -105,7 +107,7 @@ def _contributions(
             raise InvalidOptionError(f"Layer {layer} does not exist; the decoder has {len(known)} layers.")
         layers = [known[layer]]
     queries = (positions - 1).clamp_min(0) - len(encoding.input_ids)
-    return model_contribution.direct_contribution(
+    result = model_contribution.direct_contribution(
         adapter.model,
         lambda: adapter.logits(encoding.inputs, queries),
         queries,
@@ -114,4 +116,12 @@ def _contributions(
         lens=adapter.lens,
         layers=layers,
         working_memory=adapter.working_memory,
-    ).scaled((positions > 0).float())
+    )
+    if result.unattributed:
+        warnings.warn(
+            f"{len(result.unattributed)} of {len(result.blocks)} decoder blocks of {type(adapter.model).__name__} have "
+            "no softmax attention (linear attention, convolutions, MLPs); what they read from other positions is missing "
+            "from the contributions.",
+            stacklevel=3,
+        )
+    return result.scaled((positions > 0).float())

@@ -76,3 +76,9 @@ def test_the_product_needs_visual_tokens_in_the_decoders_sequence() -> None:
     model, processor = build("mllama")
     with pytest.raises(UnsupportedModelError, match="not in the decoder's sequence"):
         explain(model, processor, random_image(), "describe", "a dog", method="lens_x_contribution")
+
+
+def test_blocks_that_are_not_attributed_are_said() -> None:
+    model, processor = build("qwen3_5")
+    with pytest.warns(UserWarning, match=r"\d+ of \d+ decoder blocks of Qwen3_5\w+ have no softmax attention"):
+        explain(model, processor, random_image(), "describe", "a dog", scales=(1.0,), method="direct_contribution")
