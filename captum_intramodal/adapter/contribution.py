@@ -120,8 +120,8 @@ def _contributions(
     if result.unattributed:
         warnings.warn(
             f"{len(result.unattributed)} of {len(result.blocks)} decoder blocks of {type(adapter.model).__name__} have "
-            "no softmax attention (linear attention, convolutions, MLPs); what they read from other positions is missing "
-            "from the contributions.",
+            "no softmax attention (linear attention, convolutions, MLPs); what they read from other positions is "
+            "missing from the contributions.",
             stacklevel=3,
         )
     return result.scaled((positions > 0).float())
